@@ -1,0 +1,64 @@
+"""lowrank-lit: makes language models smaller by low-rank factorisation and wins their quality back, on PyTorch
+Lightning.
+
+``compress`` factors the linear layers of any torch model within a budget of parameters; ``lowrank_lit.callbacks`` does
+the same, and the recovery, inside a Lightning fit. Importing this package registers its format with transformers, where
+that is installed, so that ``AutoModelForCausalLM.from_pretrained`` loads an exported model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+from lowrank_lit._version import __version__
+from lowrank_lit.compress import CompressionResult, compress, plan_ranks
+from lowrank_lit.errors import LowRankError
+from lowrank_lit.evaluation import perplexity
+from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.plan import MatrixPlan, RankPlan
+
+# Names that need Lightning, PEFT or transformers are imported when they are first asked for.
+_LAZY = {
+    "LowRankModule": "lowrank_lit.module",
+    "TextDataModule": "lowrank_lit.data",
+    "add_adapters": "lowrank_lit.recovery",
+    "export": "lowrank_lit.hub",
+    "load": "lowrank_lit.hub",
+    "callbacks": "",
+    "recipes": "",
+}
+
+__all__ = [
+    "CompressionResult",
+    "FactoredLinear",
+    "LowRankError",
+    "LowRankModule",
+    "MatrixPlan",
+    "RankPlan",
+    "TextDataModule",
+    "__version__",
+    "add_adapters",
+    "compress",
+    "export",
+    "load",
+    "perplexity",
+    "plan_ranks",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'lowrank_lit' has no attribute '{name}'")
+    return (
+        getattr(importlib.import_module(_LAZY[name]), name)
+        if _LAZY[name]
+        else importlib.import_module(f"lowrank_lit.{name}")
+    )
+
+
+if importlib.util.find_spec("transformers") is not None:
+    from lowrank_lit.hub import register
+
+    register()

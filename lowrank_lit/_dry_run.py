@@ -1,0 +1,137 @@
+"""``lowrank-lit plan RECIPE --dry-run``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_lit._recipes import recipes_folder
+from lowrank_lit._session import RecipeCLI
+from lowrank_lit._settings import callback_entry
+from lowrank_lit._tables import gibibytes, table
+from lowrank_lit.errors import ModelError, RecipeError
+from lowrank_lit.estimate import PLACES, STAGES, Item, RunShape, estimate, kept_parameters, measure, totals
+from lowrank_lit.metrics import moments_of
+
+# Public configurations that travel with the package, for models too large to fetch only to count their parameters.
+_CARRIED_CONFIGS = {"huggyllama/llama-7b": "llama-7b.json"}
+
+
+def compression_callback(cli: RecipeCLI, recipe: Path) -> Any:
+    """The recipe's LowRankCompression.
+
+    Raises:
+        RecipeError: If it has none.
+    """
+    trainer: Any = cli.trainer  # sets its attribute `callbacks` where type checkers do not see it
+    for callback in trainer.callbacks:
+        if type(callback).__name__ == "LowRankCompression":
+            return callback
+    raise RecipeError(
+        f"{recipe}: trainer.callbacks has no LowRankCompression, so there are no ranks to plan; add it to the recipe"
+    )
+
+
+def dry_run_report(cli: RecipeCLI, settings: dict[str, Any], recipe: Path, config_json: str | None) -> str:
+    """What the recipe's model has and a run of it will need, from the configuration alone.
+
+    Args:
+        cli: The recipe's trainer, model and data; nothing of them is loaded.
+        settings: The recipe's settings.
+        recipe: Its path, for errors.
+        config_json: The model's configuration, where it is not to be looked for.
+
+    Raises:
+        ModelError: If there is no configuration of the model on this machine.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, origin = _config(cli.model.source, config_json)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    options = compression_callback(cli, recipe).settings()
+    size = measure(model, options.get("targets"))
+    shape = _shape(cli, settings, options, config)
+    kept = kept_parameters(size, shape.keep_ratio)
+    device = cli.trainer.strategy.root_device
+    same = ", which is the host: add the two" if device.type == "cpu" else ""
+    lines = [
+        f"Configuration: {origin}",
+        f"Whole model: {size.parameters:,} parameters; after compression {kept:,} ({kept / size.parameters:.4f})",
+        f"Target matrices ({len(size.matrices)}): {size.target_parameters:,} parameters; kept at "
+        f"keep_ratio={shape.keep_ratio}: {int(shape.keep_ratio * size.target_parameters):,}",
+        f"Counted for: weights of {shape.weight_bytes} bytes in memory and {shape.storage_bytes} on disk, batches of "
+        f"{shape.batch_size} x {shape.block_size} tokens, {shape.calibration_tokens:,} calibration tokens, one process",
+        "",
+        _items_table(estimate(size, shape)),
+        "",
+        f"Tensors only; Python, libraries and the device's context come on top. The device is {device}{same}.",
+    ]
+    if not size.shared:
+        lines.append("Layers that share an input could not be found; every one counts its own second moment.")
+    return "\n".join(lines)
+
+
+def _items_table(items: Sequence[Item]) -> str:
+    sums = totals(items)
+    rows = [["stage", "where", "what", "size"]]
+    for stage in STAGES:
+        for place in PLACES:
+            inside = [item for item in items if (item.stage, item.place) == (stage, place)]
+            rows += [[stage, place, item.what, gibibytes(item.bytes)] for item in inside]
+            if len(inside) > 1:
+                rows.append([stage, place, "= total", gibibytes(sums[stage, place])])
+    return table(rows)
+
+
+def _shape(cli: RecipeCLI, settings: dict[str, Any], options: dict[str, Any], config: Any) -> RunShape:
+    recovery = callback_entry(settings, "RankPreservingLoRA")
+    data = cli.datamodule
+    stored = config.dtype or cli.model.dtype_in_memory
+    return RunShape(
+        keep_ratio=float(options["keep_ratio"]),
+        weight_bytes=cli.model.dtype_in_memory.itemsize,
+        storage_bytes=stored.itemsize,
+        batch_size=data.batch_size,
+        block_size=data.block_size,
+        calibration_tokens=data.calibration_blocks * data.block_size,
+        adapter_rank=None if recovery is None else int((recovery.get("init_args") or {}).get("rank", 8)),
+        trained=cli.trainer.max_steps != 0,
+        moments=bool(moments_of(options["metric"])),
+    )
+
+
+def _config(source: str | dict[str, Any], config_json: str | None) -> tuple[Any, str]:
+    """Configuration of the recipe's model without the network, and where it is from."""
+    from transformers import AutoConfig
+
+    if config_json is not None:
+        return _read_config(Path(config_json)), config_json
+    if isinstance(source, dict):
+        return AutoConfig.for_model(**source), "model.model of the recipe"
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=True), f"{source} (on this machine)"
+    except Exception as error:  # a name that is not in the cache, a folder without a configuration: many kinds of error
+        if source in _CARRIED_CONFIGS:
+            carried = recipes_folder() / "configs" / _CARRIED_CONFIGS[source]
+            return _read_config(
+                carried
+            ), f"{source} (recipes/configs/{carried.name} of the package: it is not on this machine)"
+        raise ModelError(
+            f"model '{source}': no configuration on this machine; give its config.json with --config_json FILE"
+        ) from error
+
+
+def _read_config(file: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ModelError(
+            f"configuration '{file}' cannot be read ({error}); give a config.json with model_type"
+        ) from error

@@ -1,0 +1,218 @@
+"""What the commands do, one function each; all take the recipe, the overrides and the flags for Lightning's parser."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_lit._dry_run import compression_callback, dry_run_report
+from lowrank_lit._scripts import clash
+from lowrank_lit._session import RecipeCLI, build
+from lowrank_lit._settings import Override, callback_entry, callback_help, drop_callback, read_settings
+from lowrank_lit._tables import gibibytes, table
+from lowrank_lit.errors import ExportError, RecipeError
+
+
+def run(recipe: Path | None, overrides: Sequence[Override], flags: Sequence[str]) -> int:
+    """Fit: every stage hangs on a callback of the recipe."""
+    if recipe is None:
+        RecipeCLI({}, flags)  # prints its help and exits
+        return 0
+    settings = read_settings(recipe, overrides)
+    if _answered(settings, flags):
+        return 0
+    _fit(build(recipe, settings, flags))
+    return 0
+
+
+def compress(recipe: Path, overrides: Sequence[Override], flags: Sequence[str]) -> int:
+    """The recipe without recovery."""
+    settings = read_settings(recipe, overrides)
+    drop_callback(settings, "RankPreservingLoRA")
+    # Setup and the end of the fit run their hooks; no batch is drawn, so a recipe needs no training text for it.
+    settings["trainer"].update(max_steps=0, limit_train_batches=0, num_sanity_val_steps=0)
+    if not _answered(settings, flags):
+        _fit(build(recipe, settings, flags))
+    return 0
+
+
+def evaluate(recipe: Path, overrides: Sequence[Override], flags: Sequence[str], *, path: str | None = None) -> int:
+    """Perplexity of the dense and of the exported model, in one table."""
+    settings = read_settings(recipe, overrides)
+    folder = Path(path) if path else _export_folder(settings)
+    if not (folder / "config.json").is_file():
+        raise ExportError(
+            f"no exported model in '{folder}'; run `lowrank-lit run {recipe}` first, or give --path FOLDER"
+        )
+    cli = build(recipe, settings, flags)
+    cli.datamodule.prepare_data()
+    blocks = cli.datamodule.evaluation("test")
+    rows = [["model", "parameters", "weights", "perplexity"]]
+    for name, source in (("dense", settings["model"]["model"]), (str(folder), str(folder))):
+        rows.append([name, *_measured(cli, source, blocks)])
+    print(table(rows))
+    print(
+        f"Perplexity on split test ({cli.datamodule.sources['test']}): {len(blocks)} blocks of {blocks.shape[1]} "
+        f"tokens from the start, {blocks.shape[1] - 1} targets each, weights in {_dtype_name(cli.model.dtype_in_memory)}."
+    )
+    return 0
+
+
+def _measured(cli: RecipeCLI, source: Any, blocks: torch.Tensor) -> list[str]:
+    from lowrank_lit.evaluation import perplexity
+    from lowrank_lit.module import LowRankModule
+    from lowrank_lit.surgery import count_parameters, stored_bytes
+
+    module = LowRankModule(source, dtype=_dtype_name(cli.model.dtype_in_memory))
+    module.configure_model()
+    value = perplexity(
+        module.model, blocks, batch_size=cli.datamodule.batch_size, device=cli.trainer.strategy.root_device
+    )
+    return [f"{count_parameters(module.model):,}", gibibytes(stored_bytes(module.model)), f"{value:.3f}"]
+
+
+def export(
+    recipe: Path,
+    overrides: Sequence[Override],
+    flags: Sequence[str],
+    *,
+    ckpt_path: str | None = None,
+    path: str | None = None,
+) -> int:
+    """A Lightning checkpoint as a Hugging Face folder."""
+    from lowrank_lit import hub
+    from lowrank_lit.module import load_checkpoint
+
+    settings = read_settings(recipe, overrides)
+    checkpoint = Path(ckpt_path) if ckpt_path else _newest_checkpoint(settings)
+    if not checkpoint.is_file():
+        raise RecipeError(f"checkpoint '{checkpoint}' does not exist; give --ckpt_path FILE")
+    folder = Path(path) if path else _export_folder(settings)
+    cli = build(recipe, settings, flags)
+    load_checkpoint(cli.model, checkpoint)
+    plan = getattr(cli.model, "plan", None)
+    dtype = cli.model.storage_dtype
+    hub.export(cli.model.model, plan, folder, dtype=dtype, tokenizer=cli.datamodule.tokenizer)
+    print(f"{checkpoint} -> {folder}")
+    return 0
+
+
+def plan(
+    recipe: Path,
+    overrides: Sequence[Override],
+    flags: Sequence[str],
+    *,
+    dry_run: bool = False,
+    config_json: str | None = None,
+    path: str | None = None,
+) -> int:
+    """Ranks of every matrix, or with ``dry_run`` what a run will need."""
+    settings = read_settings(recipe, overrides)
+    cli = build(recipe, settings, flags)
+    if dry_run:
+        print(dry_run_report(cli, settings, recipe, config_json))
+        return 0
+    from lowrank_lit.compress import plan_ranks
+
+    compression = compression_callback(cli, recipe)
+    cli.datamodule.prepare_data()
+    batches = cli.datamodule.calibration_batches()
+    cli.model.configure_model()
+    result = plan_ranks(cli.model.model, batches, device=cli.trainer.strategy.root_device, **compression.settings())
+    rows = [["matrix", "shape", "form", "rank", "kept", "energy"]]
+    for matrix in result.matrices:
+        energy = "" if matrix.kept_energy is None else f"{matrix.kept_energy:.4f}"
+        share = f"{matrix.parameters / matrix.dense_parameters:.3f}"
+        rows.append([matrix.name, f"{matrix.rows} x {matrix.columns}", matrix.form, str(matrix.rank), share, energy])
+    print(table(rows))
+    kept = f"{result.parameters:,} kept ({result.keep_ratio:.4f})"
+    print(f"Target matrices: {result.dense_parameters:,} parameters, {kept}.")
+    target = Path(path) if path else Path(cli.trainer.default_root_dir) / "plan.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    result.save(target)
+    print(f"Written: {target}")
+    return 0
+
+
+def doctor() -> int:
+    """Versions, device, and who answers to ``lightning``; 1 where something wants mending."""
+    print(f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    for name in (
+        "lowrank-lit",
+        "torch",
+        "lightning",
+        "transformers",
+        "peft",
+        "jsonargparse",
+        "bitsandbytes",
+        "deepspeed",
+    ):
+        try:
+            print(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            print(f"{name} is not installed")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    print(f"Devices: {', '.join(devices) or 'CPU'}, {torch.get_num_threads()} threads")
+    problem = clash()
+    print(problem or "Script lightning: no clash")
+    return 1 if problem else 0
+
+
+def _answered(settings: dict[str, Any], flags: Sequence[str]) -> bool:
+    """Print the help of a callback where ``--CALLBACK.help`` asks for it."""
+    asked = [flag.removeprefix("--").partition(".help")[0] for flag in flags if ".help" in flag]
+    names = [name for name in asked if "." not in name and name[:1].isupper()]
+    for name in names:
+        print(callback_help(settings, name))
+    return bool(names)
+
+
+def _fit(cli: RecipeCLI) -> None:
+    checkpoint = cli.config.get("ckpt_path")
+    resume: dict[str, Any] = {"ckpt_path": checkpoint} if checkpoint else {}
+    # A checkpoint is data: nothing in it is run. Older releases of Lightning have no such argument.
+    if checkpoint and "weights_only" in inspect.signature(cli.trainer.fit).parameters:
+        resume["weights_only"] = True
+    cli.trainer.fit(cli.model, datamodule=cli.datamodule, **resume)
+
+
+def _root(settings: dict[str, Any]) -> Path:
+    return Path(settings["trainer"].get("default_root_dir") or ".")
+
+
+def _export_folder(settings: dict[str, Any]) -> Path:
+    """Where the recipe's ``ExportOnFitEnd`` writes."""
+    entry = callback_entry(settings, "ExportOnFitEnd") or {}
+    chosen = (entry.get("init_args") or {}).get("dirpath")
+    return Path(chosen) if chosen else _root(settings) / "model"
+
+
+def _newest_checkpoint(settings: dict[str, Any]) -> Path:
+    """``last.ckpt``, else the newest checkpoint, in the folders that the recipe's run writes."""
+    entry = callback_entry(settings, "ModelCheckpoint") or {}
+    chosen = (entry.get("init_args") or {}).get("dirpath")
+    folder = Path(chosen) if chosen else _root(settings)
+    found = sorted(folder.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime, file.name))
+    last = [file for file in found if file.stem.startswith("last")]
+    if not found:
+        raise RecipeError(f"no checkpoint below '{folder}'; run the recipe first, or give --ckpt_path FILE")
+    return (last or found)[-1]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+STAGES: dict[str, Callable[..., int]] = {
+    "run": run,
+    "compress": compress,
+    "evaluate": evaluate,
+    "export": export,
+    "plan": plan,
+}

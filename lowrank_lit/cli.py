@@ -1,0 +1,232 @@
+"""The command line: ``lightning run RECIPE.yaml`` and ``lowrank-lit COMMAND RECIPE.yaml``.
+
+Importing this module is cheap: torch and Lightning are imported by the command that needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lowrank_lit._recipes import carried, carried_recipes, find_recipe, nearest
+from lowrank_lit._scripts import forward
+from lowrank_lit.errors import LowRankError, RecipeError
+
+_USAGE = """usage: lowrank-lit COMMAND RECIPE [--KEY=VALUE ...] [--debug]
+
+Low-rank compression of language models with PyTorch Lightning.
+
+  run       the whole recipe: calibrate, allocate, factor, recover, evaluate, export, report
+  compress  the recipe without recovery
+  evaluate  perplexity of the dense and of the exported model
+  export    a Lightning checkpoint as a Hugging Face folder
+  plan      ranks of every matrix; with --dry-run counts, memory and disk from the configuration alone
+  doctor    versions, device and who answers to `lightning`
+
+RECIPE is a path or one of: {recipes}
+Every setting of a recipe is an option: --trainer.max_steps=20 --LowRankCompression.keep_ratio=0.8
+`lowrank-lit run --help` lists them; `lowrank-lit COMMAND --help` explains a command. --debug shows tracebacks.
+`lightning run RECIPE` is the same as `lowrank-lit run RECIPE`."""
+
+_COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
+    "run": ("Runs a recipe.", {}),
+    "compress": (
+        "Calibrates, allocates, factors and exports; RankPreservingLoRA is left out, nothing is trained.",
+        {},
+    ),
+    "evaluate": (
+        "Prints the perplexity of the recipe's dense model and of an exported folder.",
+        {"--path": {"help": "exported folder (default: where the recipe's ExportOnFitEnd writes)"}},
+    ),
+    "export": (
+        "Writes a Lightning checkpoint of the recipe as a Hugging Face folder.",
+        {
+            "--ckpt_path": {
+                "help": "checkpoint (default: last.ckpt, else the newest, of the recipe's checkpoint folders)"
+            },
+            "--path": {"help": "folder to write (default: where the recipe's ExportOnFitEnd writes)"},
+        },
+    ),
+    "plan": (
+        "Calibrates and allocates, prints the rank of every matrix and writes plan.json; the model stays as it is.",
+        {
+            "--dry-run": {
+                "action": "store_true",
+                "help": "reads no weights and no text: parameters, memory of each stage, disk, from the configuration",
+            },
+            "--config_json": {"help": "with --dry-run: the model's config.json, where it is not on this machine"},
+            "--path": {"help": "file to write (default: plan.json in trainer.default_root_dir)"},
+        },
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``lowrank-lit``; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
+
+    Args:
+        argv: Arguments without the program's name; the process's own by default.
+    """
+    return _guarded(_command, sys.argv[1:] if argv is None else argv)
+
+
+def lightning_main(argv: Sequence[str] | None = None) -> int:
+    """``lightning``: ``run RECIPE`` is ours, everything else goes to Lightning's own command line.
+
+    The package ``lightning-sdk`` installs a script of the same name, and the one installed last wins; ``lowrank-lit run
+    RECIPE`` works in either case, and ``lowrank-lit doctor`` says which it is. Arguments and exit codes as for
+    :func:`main`.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    plain = [argument for argument in arguments if argument != "--debug"]
+    if _is_recipe_run(plain):
+        return main(arguments)
+    return _guarded(lambda rest: forward(rest), arguments)
+
+
+def _is_recipe_run(arguments: Sequence[str]) -> bool:
+    if len(arguments) < 2 or arguments[0] != "run":
+        return False
+    return arguments[1].endswith((".yaml", ".yml")) or carried(arguments[1]) is not None
+
+
+def _guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; what the user can mend becomes one line on stderr and exit code 2."""
+    debug = "--debug" in argv
+    try:
+        return command([argument for argument in argv if argument != "--debug"])
+    except LowRankError as error:
+        return _fail(str(error), debug)
+    except OSError as error:
+        return _fail(_explain(error), debug)
+    except KeyboardInterrupt:
+        return _interrupted()
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's own way of stopping
+            return _interrupted()
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception as error:
+        # Lightning's and torch's classes are looked up only now: the command may never have imported them.
+        reason = _foreign(error)
+        if reason is None:
+            raise
+        return _fail(reason, debug)
+
+
+def _fail(message: str, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exc()
+    rank = os.environ.get("LOCAL_RANK")
+    prefix = f"[process {rank}] " if rank not in (None, "0") else ""
+    print(f"{prefix}error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
+
+
+def _explain(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{where}; free some, or set trainer.default_root_dir to another disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission{where}; set trainer.default_root_dir to a folder that you may write to"
+    return f"{type(error).__name__}: {error}"
+
+
+def _foreign(error: Exception) -> str | None:
+    """One line for an error of Lightning or torch that a setting can mend; None for a mistake in the program."""
+    kinds = {cls.__name__ for cls in type(error).__mro__}
+    if "MisconfigurationException" in kinds:
+        return str(error)
+    if "OutOfMemoryError" in kinds or "not enough memory" in str(error) or isinstance(error, MemoryError):
+        return f"out of memory; lower data.batch_size or data.block_size ({str(error).partition(chr(10))[0]})"
+    return None
+
+
+def _command(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_USAGE.format(recipes=", ".join(carried_recipes())))
+        return 0
+    if argv[0] == "--version":
+        from lowrank_lit._version import __version__
+
+        print(__version__)
+        return 0
+    name, rest = argv[0], argv[1:]
+    if name == "doctor":
+        from lowrank_lit._stages import doctor
+
+        return doctor()
+    if name not in _COMMANDS:
+        close = nearest(name, [*_COMMANDS, "doctor"])
+        hint = f"did you mean '{close}'?" if close else f"choose one of {', '.join([*_COMMANDS, 'doctor'])}"
+        raise RecipeError(f"unknown command '{name}'; {hint}")
+    return _recipe_command(name, rest)
+
+
+def _recipe_command(name: str, arguments: list[str]) -> int:
+    description, options = _COMMANDS[name]
+    parser = _OneLineParser(
+        prog=f"lowrank-lit {name}",
+        usage=f"lowrank-lit {name} RECIPE [options] [--KEY=VALUE ...]",
+        description=description,
+        epilog="Settings that --KEY=VALUE overrides: lowrank-lit run --help",
+        allow_abbrev=False,
+        add_help=name != "run",  # the settings of a run are explained by the parser that reads them
+    )
+    for option, keywords in options.items():
+        parser.add_argument(option, **keywords)
+    recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    known, rest = parser.parse_known_args(arguments[1:] if recipe else arguments)
+    if recipe is None and not (name == "run" and set(rest) & {"-h", "--help"}):
+        raise RecipeError(f"`lowrank-lit {name}` needs a recipe as its first argument: lowrank-lit {name} RECIPE.yaml")
+    path = find_recipe(recipe) if recipe else None
+    overrides, flags = _split(rest)
+    from lowrank_lit import _stages
+
+    return _stages.STAGES[name](path, overrides, flags, **vars(known))
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise RecipeError(f"{self.prog}: {message}")
+
+
+def _split(arguments: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Overrides (name, text of the value), and the flags that Lightning's parser answers itself."""
+    overrides: list[tuple[str, str]] = []
+    flags: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument[2:].partition("=")
+        if argument in ("-h", "--help"):
+            flags.append("--help")
+        elif not argument.startswith("--") or not name:
+            raise RecipeError(f"unexpected argument '{argument}'; a setting is written --KEY=VALUE")
+        elif name == "print_config":
+            flags.append(argument)
+        elif name in ("config", "c"):
+            raise RecipeError("option '--config' is not used here: the recipe is the first argument")
+        elif name.endswith(".help"):
+            flags.append(argument if equals or not rest or rest[0].startswith("--") else f"{argument}={rest.pop(0)}")
+        elif equals:
+            overrides.append((name, value))
+        elif rest and not rest[0].startswith("--"):
+            overrides.append((name, rest.pop(0)))
+        else:
+            raise RecipeError(f"option '--{name}' needs a value: --{name}=VALUE")
+    return overrides, flags
+
+
+if __name__ == "__main__":
+    sys.exit(main())

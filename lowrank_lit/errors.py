@@ -1,0 +1,40 @@
+"""Errors of the package.
+
+Every message is one line that names the setting, its value and the remedy. All of them are ``ValueError`` so that a
+caller who knows nothing of this package still catches what bad input raises; the command line prints them without a
+traceback.
+"""
+
+from __future__ import annotations
+
+
+class LowRankError(ValueError):
+    """Base of everything that bad input to this package raises."""
+
+
+class DataError(LowRankError):
+    """A text, tokenizer or batch that cannot be used: missing, empty, too short, wrong shape."""
+
+
+class ModelError(LowRankError):
+    """A model that does not fit the request: no matching layer, a tied weight, an unsupported layer."""
+
+
+class NonFiniteError(LowRankError):
+    """A NaN or infinity in a weight, an activation, a statistic or a factor; the message names the layer."""
+
+
+class BudgetError(LowRankError):
+    """A parameter budget that cannot be met, such as a keep ratio outside (0, 1] or below the rank floor."""
+
+
+class PlanError(LowRankError):
+    """A rank plan that is malformed or does not fit the model it is applied to."""
+
+
+class ExportError(LowRankError):
+    """A folder that cannot be written or read: another run's result, a truncated file, a newer format."""
+
+
+class RecipeError(LowRankError):
+    """A recipe that cannot be found or parsed, or that holds an unknown key."""

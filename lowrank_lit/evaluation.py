@@ -1,0 +1,159 @@
+"""What a model costs and how well it predicts: perplexity and peak memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lit.errors import DataError, ModelError, NonFiniteError
+
+
+def perplexity(
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+) -> float:
+    """Perplexity of a causal language model, exp of its mean next-token cross-entropy.
+
+    Each block is read by itself, and tokens 2 to ``length`` of each are its targets: every target of every block has
+    the same weight, whatever the batch size. Nothing is left out: a target of probability 0 makes the result ``inf``.
+
+    Args:
+        model: Called as ``model(input_ids=...)``; returns logits ``(batch, length, vocabulary)``, or an object that
+            holds them as ``.logits``. Evaluated in eval mode without gradients; every module gets its own mode back.
+        blocks: Token ids, LongTensor ``(n, length)``, both at least 1 and 2.
+        batch_size: Blocks per forward pass.
+        device: Where to evaluate; the model moves there and back. None stays where the model is.
+
+    Returns:
+        exp(-mean over all n (length - 1) targets of log p(token | the tokens before it in its block)), in [1, inf].
+
+    Raises:
+        DataError: If ``blocks`` or ``batch_size`` has the wrong shape, type or range, or a block is longer than the
+            model's context.
+        ModelError: If the model gives no logits of that shape, or its weights are on the meta device or on several.
+        NonFiniteError: If a logit is NaN or positive infinity; the message names the block.
+    """
+    _check_blocks(model, blocks, batch_size)
+    total = 0.0
+    with torch.no_grad(), _in_eval(model), _on_device(model, device) as place:
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks[start : start + batch_size].to(place)
+            logits = _logits(model, ids)
+            # Block by block: the float32 copy of one block's logits is small beside that of a whole batch.
+            for index in range(len(ids)):
+                total += _block_loss(logits[index], ids[index], start + index)
+    mean = total / (blocks.shape[0] * (blocks.shape[1] - 1))
+    try:
+        return math.exp(mean)
+    except OverflowError:
+        return math.inf
+
+
+def _block_loss(logits: Tensor, ids: Tensor, block: int) -> float:
+    """Sum of the next-token losses of one block, in nats; logits ``(length, vocabulary)``, ids ``(length,)``.
+
+    torchmetrics' Perplexity takes the logarithm of softmax probabilities, which underflow to 0 and make the loss
+    infinite where the logits are far apart; cross_entropy stays in logarithms. Losses are float32, their sum float64.
+    """
+    wide = logits[:-1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(wide, ids[1:], reduction="none")
+    loss = float(losses.cpu().double().sum())  # summed on the CPU: not every device has float64
+    if math.isnan(loss):
+        raise NonFiniteError(
+            f"block {block}: the logits hold a NaN or infinity; check the weights, or evaluate in float32 or bfloat16"
+        )
+    return loss
+
+
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+    # A cache of keys and values is of no use to a single pass, and for a long block it is larger than the activations.
+    cached = hasattr(getattr(model, "config", None), "use_cache")
+    output: Any = model(input_ids=ids, use_cache=False) if cached else model(input_ids=ids)
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else "missing"
+        raise ModelError(
+            f"{type(model).__name__}: logits are {shape}, needed are {tuple(ids.shape)} + vocabulary; "
+            "give a causal language model"
+        )
+    return logits
+
+
+def _check_blocks(model: nn.Module, blocks: Tensor, batch_size: int) -> None:
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} is too small; give at least 1")
+    if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
+        raise DataError(f"blocks has shape {tuple(blocks.shape)}; give (n, length) with n >= 1 and length >= 2")
+    if blocks.dtype != torch.long:
+        raise DataError(f"blocks has dtype {blocks.dtype}; give token ids as torch.long")
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and blocks.shape[1] > longest:
+        raise DataError(
+            f"blocks have {blocks.shape[1]} tokens, the model's max_position_embeddings is {longest}; "
+            "give shorter blocks"
+        )
+    vocabulary = getattr(config, "vocab_size", None)
+    low, high = int(blocks.min()), int(blocks.max())
+    if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
+        raise DataError(
+            f"blocks hold token ids {low} to {high}, the model's vocab_size is {vocabulary}; "
+            "use the model's own tokenizer"
+        )
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Eval mode for all modules; each gets its own flag back, because a model may be frozen in parts."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
+    """Hold the model on ``device``, or where it is; yields the device that the ids go to."""
+    places = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
+    home = places[0] if places else torch.device("cpu")
+    if any(place.type == "meta" for place in places):
+        raise ModelError(f"{type(model).__name__} has weights on the meta device; load them before evaluating")
+    if device is None:
+        yield home
+        return
+    if len(places) > 1:
+        spread = ", ".join(map(str, places))
+        raise ModelError(f"device='{device}': {type(model).__name__} is spread over {spread}; leave device unset")
+    try:
+        model.to(device)
+        yield torch.device(device)
+    finally:
+        model.to(home)
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Largest memory in use so far, in bytes.
+
+    On a CUDA device: what PyTorch's allocator held in tensors on that device, from the start of the process or the
+    last ``torch.cuda.reset_peak_memory_stats``; the CUDA context and other processes are not in it. On any other: the
+    peak resident set of this process since its start, which is everything, the interpreter and its libraries too, but
+    not its child processes.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,98 @@
+"""Dense linear algebra that everything rests on: symmetric eigenvectors, damping, balanced factors, the numerical-rank
+rule.
+
+All of it runs in float64 (float32 where a device has no float64), never in TF32, and never forms an inverse.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowrank_lit.errors import NonFiniteError
+
+
+def to_double(tensor: Tensor) -> Tensor:
+    """The tensor in float64, in float32 on devices without float64 (Apple's)."""
+    return tensor.to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+
+
+def require_finite(tensor: Tensor, what: str) -> None:
+    """Check that every entry is finite.
+
+    Raises:
+        NonFiniteError: Naming ``what`` and how many entries are not.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NonFiniteError(
+            f"{what}: {bad} of {tensor.numel()} values are NaN or infinite; check the checkpoint, or use a wider dtype "
+            "(bfloat16, float32)"
+        )
+
+
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric positive semi-definite matrix, largest first.
+
+    Args:
+        matrix: Symmetric up to rounding, shape ``(d, d)``; the symmetric part is used.
+
+    Returns:
+        Eigenvalues ``(d,)``, those below zero by rounding set to zero, and orthonormal eigenvectors as columns ``(d,
+        d)``.
+    """
+    double = to_double(matrix)
+    values, vectors = torch.linalg.eigh((double + double.mT) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def damp(moment: Tensor, damping: float) -> Tensor:
+    """Shrink a second moment towards a multiple of the identity: ``(1 - a) R + a tr(R) / d I``.
+
+    The damping is relative, so that scaling the activations changes nothing. It keeps directions that calibration never
+    excited from being free to truncate.
+
+    Args:
+        moment: Second moment ``(d, d)``.
+        damping: ``a`` in [0, 1].
+    """
+    mean = moment.diagonal().mean()
+    return (1 - damping) * moment + damping * mean * torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
+
+
+def orthonormalise(columns: Tensor) -> Tensor:
+    """Orthonormal basis whose first ``k`` columns span the first ``k`` of ``columns``, for every ``k``; shape ``(d,
+    r)``, ``r <= d``."""
+    basis, triangle = torch.linalg.qr(columns)
+    # QR fixes each column up to a sign; taking the given column's makes the basis a continuous function of it.
+    signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis.dtype)
+    result: Tensor = basis * signs
+    return result
+
+
+def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Balanced factors of the same product: ``outer = U S^1/2``, ``inner = S^1/2 V^T`` with ``outer inner = U S V^T``.
+
+    Both factors then have the same singular values, which keeps half-precision storage in range, and adapters on the
+    two factors equally conditioned. A QR of each factor and one small SVD; the large product is never decomposed.
+
+    Args:
+        outer: ``(rows, rank)``.
+        inner: ``(rank, columns)``.
+    """
+    left, left_triangle = torch.linalg.qr(outer)
+    right, right_triangle = torch.linalg.qr(inner.mT)
+    u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
+    root = s.sqrt()
+    return left @ (u * root), (root[:, None] * vh) @ right.mT
+
+
+def numerical_rank(singular_values: Tensor, rows: int, columns: int) -> int:
+    """Number of singular values above rounding: ``s > max(rows, columns) * eps * s_max``, the rule of LAPACK users.
+
+    Strictly above, so that a matrix of zeros has rank 0.
+    """
+    if singular_values.numel() == 0:
+        return 0
+    tolerance = max(rows, columns) * torch.finfo(singular_values.dtype).eps * singular_values.max()
+    return int((singular_values > tolerance).sum())

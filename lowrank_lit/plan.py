@@ -1,0 +1,278 @@
+"""The rank plan: which matrix is stored in which form and at which rank."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from torch import nn
+
+from lowrank_lit.errors import ExportError, PlanError
+
+FORMAT_VERSION = 1
+"""Version of the dictionary and the file; a reader refuses a newer one."""
+
+_FORMS = ("factored", "dense")
+_Entry = TypeVar("_Entry", "MatrixPlan", "RankPlan")
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """How one weight matrix is stored.
+
+    Raises:
+        PlanError: If a field is out of its range.
+    """
+
+    name: str
+    """Dotted module name, as in ``model.named_modules()``."""
+    rows: int
+    """Rows m of the weight: output features."""
+    columns: int
+    """Columns n of the weight: input features."""
+    form: Literal["factored", "dense"]
+    """Two factors (m, r) and (r, n), or the matrix itself."""
+    rank: int
+    """Rank r, from 1 to min(m, n); for the dense form the rank that the matrix may have."""
+    importance: float | None = None
+    """Importance of the module that the allocator used, if any."""
+    kept_energy: float | None = None
+    """Share of the squared singular values that the rank keeps, in the plan's metric, if known."""
+
+    def __post_init__(self) -> None:
+        where = f"matrix '{self.name}'"
+        if not _is_text(self.name) or not self.name:
+            raise PlanError(f"name={self.name!r} is no module name; give the dotted name of the module")
+        for field, value in (("rows", self.rows), ("columns", self.columns), ("rank", self.rank)):
+            if not _is_count(value):
+                raise PlanError(f"{field}={value!r} of {where} must be a whole number of 1 or more")
+        if self.form not in _FORMS:
+            raise PlanError(f"form={self.form!r} of {where} is unknown; choose one of {', '.join(_FORMS)}")
+        if self.rank > min(self.rows, self.columns):
+            raise PlanError(
+                f"rank={self.rank} of {where} is more than a matrix of {self.rows} x {self.columns} can have; "
+                f"choose at most {min(self.rows, self.columns)}"
+            )
+        for field, number in (("importance", self.importance), ("kept_energy", self.kept_energy)):
+            if number is not None and not _is_number(number):
+                raise PlanError(f"{field}={number!r} of {where} must be a finite number or null")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored: r (m + n) factored, m n dense; biases are not counted."""
+        return self.rank * (self.rows + self.columns) if self.form == "factored" else self.dense_parameters
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers of the matrix itself, m n."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """The forms and ranks of every target matrix of a model, with where they come from.
+
+    Raises:
+        PlanError: If there is no matrix, two have one name, or a field is out of its range.
+    """
+
+    matrices: tuple[MatrixPlan, ...]
+    """Every target, those that stay dense too, in the order of the model's modules."""
+    requested_keep_ratio: float
+    """Stored / original numbers of the target matrices that was asked for, in (0, 1]."""
+    metric: str
+    """Name of the metric the singular values were taken in."""
+    allocator: str
+    """Name of the allocator."""
+    fingerprint: str = ""
+    """Hash of the model, data and settings behind the plan; empty for a plan made by hand."""
+    notes: tuple[str, ...] = ()
+    """Remarks for the reader, such as a fallback that was taken."""
+
+    def __post_init__(self) -> None:
+        if not self.matrices:
+            raise PlanError("the plan has no matrices; list every target, those that stay dense too")
+        seen: set[str] = set()
+        for matrix in self.matrices:
+            if matrix.name in seen:
+                raise PlanError(f"matrix '{matrix.name}' stands in the plan twice; keep one entry")
+            seen.add(matrix.name)
+        if not _is_number(self.requested_keep_ratio) or not 0 < self.requested_keep_ratio <= 1:
+            raise PlanError(f"requested_keep_ratio={self.requested_keep_ratio!r} must lie in (0, 1]")
+        for field in ("metric", "allocator", "fingerprint"):
+            if not _is_text(getattr(self, field)):
+                raise PlanError(f"{field}={getattr(self, field)!r} must be a string")
+        if not all(_is_text(note) for note in self.notes):
+            raise PlanError(f"notes={self.notes!r} must be strings")
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored for all matrices; biases are not counted."""
+        return sum(matrix.parameters for matrix in self.matrices)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Numbers of all matrices before factoring."""
+        return sum(matrix.dense_parameters for matrix in self.matrices)
+
+    @property
+    def keep_ratio(self) -> float:
+        """Stored / original numbers that the plan really reaches."""
+        return self.parameters / self.dense_parameters
+
+    def digest(self) -> str:
+        """SHA-256 of the plan's content, 64 hexadecimal digits; the same for equal plans."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types, with ``format_version``."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        matrices = [{field.name: getattr(matrix, field.name) for field in fields(matrix)} for matrix in self.matrices]
+        return {"format_version": FORMAT_VERSION, **own, "matrices": matrices, "notes": list(self.notes)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> RankPlan:
+        """Read what :meth:`to_dict` gave.
+
+        Raises:
+            PlanError: If a key is missing or unknown, a value is out of range or the format is newer than this release.
+        """
+        if not isinstance(values, dict):
+            raise PlanError(f"a plan is a JSON object, not {type(values).__name__}; save it with RankPlan.save")
+        content = dict(values)
+        version = content.pop("format_version", None)
+        if not isinstance(version, int) or version < 1:
+            raise PlanError(f"format_version={version!r} is none of a rank plan; save the plan with RankPlan.save")
+        if version > FORMAT_VERSION:
+            raise PlanError(
+                f"format_version={version} of the plan is newer than this release reads ({FORMAT_VERSION}); "
+                "upgrade lowrank-lit"
+            )
+        entries, notes = content.get("matrices"), content.get("notes", [])
+        if not isinstance(entries, list) or not isinstance(notes, list):
+            raise PlanError("matrices and notes of a plan must be lists; save the plan with RankPlan.save")
+        matrices = tuple(
+            _construct(MatrixPlan, entry, f"entry {index} of matrices") for index, entry in enumerate(entries)
+        )
+        return _construct(cls, {**content, "matrices": matrices, "notes": tuple(notes)}, "the plan")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON; the file is complete or is not there.
+
+        Raises:
+            ExportError: If the file cannot be written.
+        """
+        target = Path(path)
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+                os.replace(partial, target)
+            finally:
+                partial.unlink(missing_ok=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise ExportError(
+                f"plan file '{target}' cannot be written ({reason}); free space or choose another path"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> RankPlan:
+        """Read a file that :meth:`save` wrote.
+
+        Raises:
+            PlanError: If the file is missing, truncated, or holds no plan.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise PlanError(f"plan file '{path}' cannot be read ({reason}); check the path") from error
+        except ValueError as error:  # not JSON, or not text
+            raise PlanError(f"plan file '{path}' is truncated or no JSON ({error}); write it again") from error
+        try:
+            return cls.from_dict(values)
+        except PlanError as error:
+            raise PlanError(f"plan file '{path}': {error}") from error
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names, shapes and ranks with a model, dense or factored by this plan.
+
+        A matrix may be an ``nn.Linear`` or a transformers ``Conv1D``, whether it is still to be factored or stays
+        dense, or a ``FactoredLinear`` of the plan's rank.
+
+        Raises:
+            PlanError: If a matrix does not fit; the message names the first one and how many there are.
+        """
+        modules = dict(model.named_modules(remove_duplicate=False))
+        misfits = [reason for matrix in self.matrices if (reason := _misfit(matrix, modules.get(matrix.name)))]
+        if misfits:
+            raise PlanError(
+                f"the plan does not fit the model in {len(misfits)} of {len(self.matrices)} matrices, "
+                f"first: {misfits[0]}; use the plan of this model"
+            )
+
+
+# Values come from JSON files and from callers without a type checker, so the annotations above are checked too.
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _construct(kind: type[_Entry], values: Any, where: str) -> _Entry:
+    """An instance of ``kind`` from a dictionary, with unknown and missing keys refused by name."""
+    if not isinstance(values, dict):
+        raise PlanError(f"{where} is a {type(values).__name__}, not an object; save the plan with RankPlan.save")
+    known = {field.name: field for field in fields(kind)}
+    unknown = sorted(values.keys() - known.keys())
+    if unknown:
+        raise PlanError(f"{where} has the unknown key '{unknown[0]}'; known are {', '.join(known)}")
+    try:
+        return kind(**values)
+    except TypeError as error:  # a required field is missing
+        raise PlanError(f"{where} is incomplete ({error}); save the plan with RankPlan.save") from error
+
+
+def _misfit(matrix: MatrixPlan, module: nn.Module | None) -> str:
+    """Why a module is not what the plan says, or an empty string."""
+    if module is None:
+        return f"'{matrix.name}' is not in the model"
+    found = _layout(module)
+    if found is None:
+        return f"'{matrix.name}' is a {type(module).__name__}, not a linear layer"
+    rows, columns, rank = found
+    if (rows, columns) != (matrix.rows, matrix.columns):
+        return f"'{matrix.name}' is {rows} x {columns} in the model and {matrix.rows} x {matrix.columns} in the plan"
+    if rank is not None and matrix.form == "dense":
+        return f"'{matrix.name}' is factored at rank {rank} in the model and dense in the plan"
+    if rank is not None and rank != matrix.rank:
+        return f"'{matrix.name}' has rank {rank} in the model and {matrix.rank} in the plan"
+    return ""
+
+
+def _layout(module: nn.Module) -> tuple[int, int, int | None] | None:
+    """(rows, columns, rank or None) of a linear layer, recognised by structure: this module knows of no layer class."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, None
+    if kind == "FactoredLinear":
+        return cast(int, module.out_features), cast(int, module.in_features), cast(int, module.rank)
+    weight = getattr(module, "weight", None)
+    if kind == "Conv1D" and isinstance(weight, nn.Parameter) and weight.ndim == 2:
+        columns, rows = weight.shape  # Conv1D stores (in, out)
+        return rows, columns, None
+    return None

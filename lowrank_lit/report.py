@@ -1,0 +1,334 @@
+"""Records of a run: one JSON file, one table, one picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lowrank_lit._version import __version__
+from lowrank_lit.errors import ExportError, LowRankError, NonFiniteError
+from lowrank_lit.plan import MatrixPlan, RankPlan
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+RECORD_VERSION = 1
+"""Version of the record's keys; a reader refuses a newer one."""
+
+_PACKAGES = "torch lightning transformers peft torchmetrics datasets tokenizers safetensors numpy bitsandbytes deepspeed".split()
+_STAGES = ("calibrate", "allocate", "factor", "recover", "evaluate", "total")
+_REQUIRED: dict[str, tuple[str, ...]] = {
+    "keep_ratio": ("requested", "achieved", "whole_model"),
+    "parameters": ("targets_dense", "targets", "model_dense", "model"),
+    "bytes": ("dense", "compressed"),
+    "perplexity": ("dense", "compressed", "recovered", "protocol"),
+    "seconds": _STAGES,
+    "data_hash": ("calibration", "evaluation"),
+}
+_REQUIRED_VALUES = ("complete", "peak_memory_bytes", "fingerprint", "versions", "seed", "config")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python, of this package and of the installed packages that a result depends on."""
+    found = {"python": platform.python_version(), "lowrank-lit": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def data_hash(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over types, shapes and values of tensors, in order, as 64 hexadecimal digits.
+
+    The same tokens cut into other batches have another hash.
+    """
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assemble(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """One record from what several stages measured; a later part wins where two hold the same key, section by section.
+
+    Keys that every record has (``null`` where a stage did not run):
+
+    - ``complete``: false while the run goes on, and for ever where it died.
+    - ``keep_ratio``: ``requested`` and ``achieved`` of the target matrices, ``whole_model`` of every parameter.
+    - ``parameters``: counts behind these ratios; ``bytes``: of the whole model in its storage type.
+    - ``perplexity``: ``dense``, ``compressed`` before and ``recovered`` after training, and the ``protocol`` in words.
+    - ``seconds``: wall time of every stage; ``total`` has the time between the stages too.
+    - ``peak_memory_bytes``, ``data_hash`` (``calibration``, ``evaluation``), ``fingerprint`` of the plan, ``versions``,
+      ``seed`` and ``config``.
+
+    Raises:
+        LowRankError: If a section is no mapping.
+    """
+    record: dict[str, Any] = {"record_version": RECORD_VERSION, "complete": False}
+    record |= {section: dict.fromkeys(keys) for section, keys in _REQUIRED.items()}
+    record |= dict.fromkeys(name for name in _REQUIRED_VALUES if name not in record) | {"versions": versions()}
+    for part in parts:
+        for key, value in part.items():
+            if key not in _REQUIRED:
+                record[key] = value
+            elif isinstance(value, Mapping):
+                record[key] = {**record[key], **value}
+            else:
+                raise LowRankError(f"record.{key}={value!r} must be a mapping with {', '.join(_REQUIRED[key])}")
+    return record
+
+
+def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
+    """Write a record as JSON; the file is complete or is not there, or is the one that was there before.
+
+    JSON has no infinity: it is written as the string ``"Infinity"``, which ``float()`` and JavaScript's ``Number()`` read.
+
+    Raises:
+        LowRankError: If a key that every record has is missing.
+        NonFiniteError: If a value is NaN; the message names the key.
+        ExportError: If the file cannot be written.
+    """
+    missing = [name for name in _REQUIRED_VALUES if name not in record]
+    missing += [f"{name}.{key}" for name, keys in _REQUIRED.items() for key in keys if key not in record.get(name, {})]
+    if missing:
+        raise LowRankError(f"the record lacks '{missing[0]}'; make it with lowrank_lit.report.assemble")
+    text = json.dumps(_plain(record, "record"), indent=2, allow_nan=False) + "\n"
+    with _replacing(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what :func:`write_record` wrote; infinities are numbers again.
+
+    Raises:
+        LowRankError: If the file is missing, truncated, no record, or of a newer version.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = record["record_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LowRankError(f"record '{path}' cannot be read ({error}); give a record.json of a RankReport") from error
+    if found > RECORD_VERSION:
+        raise LowRankError(f"record '{path}' has version {found}, newer than {RECORD_VERSION}; upgrade lowrank-lit")
+    record["perplexity"] = {k: math.inf if v == "Infinity" else v for k, v in record["perplexity"].items()}
+    return dict(record)
+
+
+def _plain(value: Any, where: str) -> Any:
+    """The same value in JSON's types; anything unknown by its text, so that a setting of any type can be recorded."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number in a tensor or a numpy scalar
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        if math.isnan(value):
+            raise NonFiniteError(f"{where} is NaN; find the stage that measured it, a record of NaN says nothing")
+        return "Infinity" if value > 0 else "-Infinity"
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; it becomes ``path`` if the body succeeds and vanishes if not."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ExportError(f"'{path}' cannot be written ({reason}); free space or choose another folder") from error
+
+
+def summary_table(record: Mapping[str, Any]) -> Table:
+    """The figures of a record as one table, each with what it counts."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    title = "Low-rank compression" if record["complete"] else "Low-rank compression (unfinished run)"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    table.add_column("")
+    for heading in ("dense", "compressed", "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("what it counts", ratio=1)
+    for row in (*_size_rows(record), *_perplexity_rows(record), *_cost_rows(record)):
+        table.add_row(*row)
+    return table
+
+
+_Row = tuple[str, str, str, str, str]
+
+
+def _size_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
+    count, keep, size = record["parameters"], record["keep_ratio"], record["bytes"]
+    matrices = record.get("matrices") or {}
+    which = "the {targets} target matrices, {factored} of them factored".format_map(matrices) if matrices else "targets"
+    asked = f"numbers stored for {which}; keep ratio asked for: {_number(keep['requested'], '.4f')}"
+    yield "targets", _whole(count["targets_dense"]), _whole(count["targets"]), _number(keep["achieved"], ".4f"), asked
+    every = "all parameters of the model, tied ones once"
+    yield "model", _whole(count["model_dense"]), _whole(count["model"]), _number(keep["whole_model"], ".4f"), every
+    ratio = _quotient(size["compressed"], size["dense"], ".4f")
+    yield "MB", _scaled(size["dense"]), _scaled(size["compressed"]), ratio, "weights on disk, in millions of bytes"
+
+
+def _perplexity_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
+    values = record["perplexity"]
+    texts = {"compressed": values["protocol"] or "not measured", "recovered": "the same, after training"}
+    for key, label in (("compressed", "perplexity, one-shot"), ("recovered", "perplexity, recovered")):
+        text = texts[key] if values[key] is not None or key == "compressed" else "no training step was made"
+        ratio = _quotient(values[key], values["dense"], ".3f")
+        yield label, _number(values["dense"], ".5g"), _number(values[key], ".5g"), ratio, text
+
+
+def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
+    texts = {
+        "calibrate": "forward and backward passes for the statistics",
+        "allocate": "spectra and ranks",
+        "factor": "factors, put into the model",
+        "recover": "training",
+        "evaluate": "all perplexities",
+        "total": "from set-up to this table",
+    }
+    for stage in _STAGES:
+        yield f"seconds, {stage}", "", _number(record["seconds"][stage], ".1f"), "", texts[stage]
+    memory = record.get("peak_memory_counts") or "largest so far"
+    yield "peak memory, MB", "", _scaled(record["peak_memory_bytes"]), "", memory
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _whole(value: int | None) -> str:
+    return _number(value, ",")
+
+
+def _scaled(size: int | None) -> str:
+    return _number(None if size is None else size / 1e6, ",.1f")
+
+
+def _quotient(value: float | None, reference: float | None, form: str) -> str:
+    return "–" if value is None or not reference or math.isinf(reference) else format(value / reference, form)
+
+
+def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
+    """Draw the rank of every matrix of a plan as a map, layer by projection, and save it as PNG.
+
+    Colour is the rank as a share of min(rows, columns), the number is the rank; matrices that stay dense are hatched. The
+    layer is the first number in a module's name; names without one share one unnumbered column.
+
+    Raises:
+        ExportError: If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    cells, columns, rows = _grid(plan)
+    width = min(24.0, max(5.5, 2.6 + 0.46 * len(columns)))
+    height = min(24.0, 1.5 + 0.36 * len(rows))
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # a canvas of its own: no pyplot, no window, no state that outlives the call
+    axes = figure.add_subplot()
+    _draw_cells(figure, axes, cells, numbers=len(columns) <= 48 and len(rows) <= 64)
+    _label(axes, columns, rows)
+    axes.set_title(
+        f"Rank per matrix: {plan.keep_ratio:.3f} of the numbers kept ({plan.requested_keep_ratio:g} asked), "
+        f"{plan.metric} metric, {plan.allocator}",
+        fontsize=9,
+        loc="left",
+        wrap=True,
+    )
+    with _replacing(Path(path)) as partial:
+        figure.savefig(partial, format="png")
+
+
+def _grid(plan: RankPlan) -> tuple[dict[tuple[int, int], MatrixPlan], list[str], list[str]]:
+    """Cells by (column, row), and the labels of both: layers in order, projections in the order of the model."""
+    places = [(_place(matrix.name), matrix) for matrix in plan.matrices]
+    stacks = {stack for (stack, layer, _), _ in places if layer is not None}
+    layers = sorted({layer for (_, layer, _), _ in places if layer is not None})
+    columns = [str(layer) for layer in layers]
+    if any(layer is None for (_, layer, _), _ in places):
+        columns.append("")
+    rows: dict[str, int] = {}
+    cells = {}
+    for (stack, layer, projection), matrix in places:
+        # An encoder's layer 0 and a decoder's are different layers: with several stacks the row names its own.
+        label = f"{stack}.{projection}".strip(".") if len(stacks) > 1 and layer is not None else projection or stack
+        row = rows.setdefault(label or "layer", len(rows))
+        cells[layers.index(layer) if layer is not None else len(layers), row] = matrix
+    return cells, columns, list(rows)
+
+
+def _place(name: str) -> tuple[str, int | None, str]:
+    """("model.layers", 3, "self_attn.q_proj") of "model.layers.3.self_attn.q_proj"; ("", None, name) without a number."""
+    parts = name.split(".")
+    for index, part in enumerate(parts):
+        if part.isdecimal():
+            return ".".join(parts[:index]), int(part), ".".join(parts[index + 1 :])
+    return "", None, name
+
+
+def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], MatrixPlan], *, numbers: bool) -> None:
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Patch, Rectangle
+
+    shares = [_share(matrix) for matrix in cells.values() if matrix.form == "factored"]
+    scale = ScalarMappable(Normalize(0.0, max(shares, default=1.0)), colormaps["viridis"])
+    dense = {"facecolor": "#eeeeee", "edgecolor": "#999999", "hatch": "////", "linewidth": 0.0}
+    for (column, row), matrix in cells.items():
+        corner = (column - 0.48, row - 0.46)
+        if matrix.form == "dense":
+            axes.add_patch(Rectangle(corner, 0.96, 0.92, **dense))
+            continue
+        axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=scale.to_rgba(_share(matrix))))
+        if numbers:
+            ink = "black" if scale.norm(_share(matrix)) > 0.6 else "white"
+            axes.text(column, row, str(matrix.rank), ha="center", va="center", fontsize=7, color=ink)
+    if shares:
+        bar = figure.colorbar(scale, ax=axes, pad=0.015, aspect=24)
+        bar.set_label("rank / full rank", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    if len(shares) < len(cells):
+        figure.legend(
+            handles=[Patch(label="stays dense", **dense)], loc="outside lower right", fontsize=7, frameon=False
+        )
+
+
+def _share(matrix: MatrixPlan) -> float:
+    return matrix.rank / min(matrix.rows, matrix.columns)
+
+
+def _label(axes: Axes, columns: list[str], rows: list[str]) -> None:
+    step = max(1, len(columns) // 40)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(rows) - 0.5, -0.5)  # the model's first projection on top
+    axes.set_xticks(range(0, len(columns), step), columns[::step], fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if any(columns):
+        axes.set_xlabel("layer", fontsize=8)

@@ -1,0 +1,173 @@
+"""Running a model one repeating block at a time.
+
+The arguments of the blocks (masks, rotary embeddings, what else a model passes) are captured once, for each block
+separately, because models pass different masks to different blocks. A short probe checks that the blocks really are a
+chain, each fed exactly what the one before returned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Batch = Mapping[str, Tensor]
+Block = tuple[str, nn.Module]
+
+
+class BlockCalls:
+    """The calls of all blocks for one batch, and the hidden states between them."""
+
+    def __init__(self) -> None:
+        self.hidden: Tensor | None = None
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Keep one block's arguments, and the hidden states of the first block; returns the hidden states it was called
+        with."""
+        args, kwargs, hidden = _split(args, kwargs)
+        if self.hidden is None:
+            self.hidden = hidden
+        self.arguments.append((args, kwargs))
+        return hidden
+
+    def step(self, block: nn.Module, index: int, device: torch.device | None) -> None:
+        """Run block ``index`` on the hidden states and keep what it returns, on the device that the first states came
+        from."""
+        assert self.hidden is not None
+        args, kwargs = to_device(self.arguments[index], device)
+        home = self.hidden.device
+        self.hidden = _states(block(to_device(self.hidden, device), *args, **kwargs)).to(home)
+        self.arguments[index] = ((), {})  # the masks of a finished block are of no more use
+
+
+def capture_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> list[BlockCalls] | None:
+    """The blocks' arguments for every batch, or ``None`` where the blocks are no chain over hidden states.
+
+    The first sequence goes through the real blocks once, to learn what they return and to see that they are a chain.
+    Then the model runs on every batch with its blocks passing the hidden states through unchanged, up to the last
+    block: what a model hands to its blocks beside the hidden states does not depend on what they compute.
+    """
+    outputs = _probe(model, blocks, batches[0]) if blocks else None
+    if outputs is None:
+        return None
+    result = []
+    for batch in batches:
+        calls = BlockCalls()
+        with (
+            _patched(blocks, lambda index, calls=calls: _pass_through(calls, outputs, index)),
+            suppress(_LastBlockReached),
+        ):
+            run_model(model, to_device(dict(batch), _device_of(model)))
+        if len(calls.arguments) != len(blocks):
+            return None
+        result.append(calls)
+    return result
+
+
+def run_model(model: nn.Module, batch: Batch) -> Any:
+    """Forward of the model on a batch, without a cache of keys and values, which would keep every block's states for
+    nothing."""
+    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    return model(**batch, **extra)
+
+
+def to_device(tree: Any, device: torch.device | None) -> Any:
+    """``tree`` with every tensor in it on ``device``; ``None`` leaves them."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, tree)
+
+
+@contextmanager
+def moved(module: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
+    """``module`` on ``device`` for the time of the context, then back where it was; gives the device that it is on."""
+    home = _device_of(module)
+    target = home if device is None else torch.device(device)
+    if target is None or target == home:
+        yield target
+        return
+    module.to(target)
+    try:
+        yield target
+    finally:
+        module.to(home)
+
+
+class _LastBlockReached(Exception):
+    """Ends a capturing forward: the head after the last block need not run."""
+
+
+def _pass_through(calls: BlockCalls, outputs: Sequence[Any], index: int) -> Callable[..., Any]:
+    """A forward for block ``index`` that records its arguments and returns the hidden states in the form the block
+    does."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        hidden = calls.record(args, kwargs)
+        if index == len(outputs) - 1:
+            raise _LastBlockReached
+        output = outputs[index]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    return forward
+
+
+@contextmanager
+def _patched(blocks: Sequence[Block], make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+    """Give every block another ``forward`` for the time of the context."""
+    own = [block.__dict__.get("forward") for _, block in blocks]
+    try:
+        for index, (_, block) in enumerate(blocks):
+            block.forward = make(index)
+        yield
+    finally:
+        for (_, block), forward in zip(blocks, own, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not None:
+                block.forward = forward
+
+
+def _probe(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[Any] | None:
+    """What each block returns for one sequence, or ``None`` if the blocks are no chain."""
+    outputs: list[Any] = []
+    fed: list[Any] = []
+
+    def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        fed.append(args[0] if args else kwargs.get("hidden_states"))
+        outputs.append(output)
+
+    handles = [block.register_forward_hook(record, with_kwargs=True) for _, block in blocks]
+    try:
+        run_model(model, to_device({key: value[:1] for key, value in batch.items()}, _device_of(model)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(outputs) != len(blocks) or not all(isinstance(states, Tensor) for states in fed):
+        return None
+    states = [_states(output) for output in outputs]
+    # The last block's output has no successor among the blocks to be compared with.
+    chained = all(
+        isinstance(state, Tensor) and state.shape == following.shape and torch.equal(state, following)
+        for state, following in zip(states[:-1], fed[1:], strict=True)
+    )
+    return outputs if chained and isinstance(states[-1], Tensor) else None
+
+
+def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Arguments of a block without its hidden states, and the hidden states."""
+    if args:
+        return args[1:], dict(kwargs), args[0]
+    rest = dict(kwargs)
+    return (), rest, rest.pop("hidden_states")
+
+
+def _states(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    first = next(model.parameters(), None)
+    return None if first is None else first.device

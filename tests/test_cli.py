@@ -1,0 +1,385 @@
+"""The command line: what it refuses, in which words, with which exit code; forwarding; the stages that are commands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+from lowrank_lit import _scripts, cli
+from lowrank_lit.data import train_tokenizer
+from lowrank_lit.plan import RankPlan
+from tests.tiny import tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = "".join(f"the {n} small foxes of {n * 7 % 13} jump over {n * 5 % 11} lazy dogs\n" for n in range(3000))
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, its tokenizer, a text and a recipe for them."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "text.txt").write_text(TEXT)
+    train_tokenizer([TEXT], 300, folder / "model")
+    tiny_model("llama", vocab_size=300).save_pretrained(folder / "model")
+    recipe = {
+        "seed_everything": 0,
+        "trainer": {
+            "default_root_dir": "out",
+            "accelerator": "cpu",
+            "devices": 1,
+            "max_steps": 2,
+            "limit_val_batches": 0,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "logger": False,
+            "callbacks": [
+                {
+                    "class_path": "lowrank_lit.callbacks.LowRankCompression",
+                    "init_args": {"keep_ratio": 0.6, "min_rank": 2},
+                },
+                {"class_path": "lowrank_lit.callbacks.RankPreservingLoRA", "init_args": {"rank": 2}},
+                "lowrank_lit.callbacks.ExportOnFitEnd",
+            ],
+        },
+        "model": {"model": "./model"},
+        "data": {
+            "sources": dict.fromkeys(("train", "calibration", "test"), "./text.txt"),
+            "tokenizer": "./model",
+            "block_size": 32,
+            "batch_size": 4,
+            "calibration_blocks": 8,
+            "evaluation_blocks": 4,
+        },
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return folder
+
+
+@pytest.fixture
+def run(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in an empty folder; ``tiny`` stands for the recipe. Returns exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: str, program: Callable[[list[str]], int] = cli.main) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = program([str(workplace / "tiny.yaml") if argument == "tiny" else argument for argument in arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return call
+
+
+def last_line(text: str) -> str:
+    return text.rstrip("\n").rpartition("\n")[2]
+
+
+REFUSED = [
+    (["--trainer.max_stps=3"], "unknown option '--trainer.max_stps'; did you mean '--trainer.max_steps'?"),
+    (["--model.learnin_rate", "3"], "unknown option '--model.learnin_rate'; did you mean '--model.learning_rate'?"),
+    (["--trainer.max_steps=abc"], "trainer.max_steps='abc' is refused: expected int"),
+    (["--model.learning_rate", "fast"], "model.learning_rate='fast' is refused: expected float"),
+    (["--data.sources=[1]"], "data.sources=[1] is refused: expected dict"),
+    (["--data.sources.tst=x"], "unknown splits ['tst']"),
+    (["--model=x"], "'--model' names a group"),
+    (["--trainer.logger=CSVLoger"], "class 'CSVLoger' does not exist; did you mean 'CSVLogger'?"),
+    (["--trainer.accelerator=gpuu"], "accelerator='gpuu'"),
+    (["--trainer.callbacks+=RankReprt"], "class 'RankReprt' does not exist; did you mean 'RankReport'?"),
+    (["--LowRankCompresion.keep_ratio=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
+    (["--LowRankCompression.keep_ration=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
+    (["--LowRankCompression.keep_ratio=much"], "LowRankCompression.keep_ratio='much' is refused: expected float"),
+    (["--LowRankCompression.keep_ratio=1.5"], "keep_ratio=1.5 is outside (0, 1]"),
+    (["--LowRankCompression.targets=[*.nothing]"], "'*.nothing'"),
+    (["--LowRankCompression.metric=inpt"], "metric='inpt' is unknown"),
+    (["--data.sources.test=missing.txt"], "text file 'missing.txt' does not exist"),
+    (["--data.tokenizer=./nowhere"], "nowhere' cannot be loaded"),
+    (["--trainer.max_steps"], "option '--trainer.max_steps' needs a value"),
+    (["max_steps=3"], "unexpected argument 'max_steps=3'"),
+    (["--config=x.yaml"], "the recipe is the first argument"),
+    (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[" ".join(options) for options, _ in REFUSED])
+def test_what_is_refused_is_refused_in_one_line(run: Run, options: list[str], message: str) -> None:
+    code, _, err = run("run", "tiny", *options)
+    assert code == 2
+    assert last_line(err).startswith("error: ")
+    assert message in last_line(err)
+    assert "Traceback" not in err
+    assert "usage:" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: [", "line 1"),
+        ("trainer: {max_steps: 1, max_steps: 2}", "key 'max_steps' stands twice"),
+        ("trainer: {}\nmodell: {}", "unknown key 'modell'; did you mean 'model'?"),
+        ("model: {learnin_rate: 1}", "unknown key 'model.learnin_rate'; did you mean 'model.learning_rate'?"),
+        (
+            "trainer: {callbacks: [{class_path: lowrank_lit.callbacks.RankReprt}]}",
+            "did you mean 'lowrank_lit.callbacks.RankReport'?",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: RankReport, init_arg: {}}]}",
+            "did you mean 'trainer.callbacks.init_args'?",
+        ),
+        ("trainer: 3", "trainer=3 is refused"),
+        ("model: {model: x}\ndata: {sources: {}}", "data.tokenizer"),
+        ("just text", "not a recipe"),
+        ("", "not a recipe"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(run: Run, tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    code, _, err = run("run", "bad.yaml")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith("error: bad.yaml: ")
+    assert message in err
+
+
+def test_commands_and_recipes_that_do_not_exist(run: Run) -> None:
+    assert run("rn", "tiny") == (2, "", "error: unknown command 'rn'; did you mean 'run'?\n")
+    code, _, err = run("run", "quickstrt.yaml")
+    assert code == 2
+    assert "did you mean 'quickstart'?" in err
+    assert run("run")[0] == run("evaluate", "--path=x")[0] == 2
+    code, _, err = run("evaluate", "tiny")
+    assert code == 2
+    assert "no exported model in 'out/model'" in err
+
+
+def test_help_without_a_recipe(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "quickstart" in out
+    code, out, _ = run("run", "--help")
+    assert code == 0
+    assert "--model.learning_rate" in out
+    assert "Peak learning rate of AdamW" in out, "help carries the docstrings"
+    code, out, _ = run("plan", "--help")
+    assert code == 0
+    assert "--dry-run" in out
+
+
+def test_help_of_a_callback(run: Run) -> None:
+    code, out, _ = run("run", "tiny", "--LowRankCompression.help")
+    assert code == 0
+    assert "--LowRankCompression.keep_ratio" in out
+
+
+def test_overrides_reach_the_printed_configuration(run: Run, tmp_path: Path, workplace: Path) -> None:
+    options = [
+        "--LowRankCompression.keep_ratio=0.8",
+        "--LowRankCompression.targets=['*.mlp.*']",
+        "--model.learning_rate=1e-5",
+        "--data.sources.test=2024",  # text, though YAML would read a number
+        "--data.tokenizer=./here",
+        "--trainer.logger=CSVLogger",
+        "--trainer.logger.save_dir=../logs",
+        "--trainer.callbacks+=ModelSummary",
+    ]
+    code, out, _ = run("run", "tiny", *options, "--print_config")
+    printed = yaml.safe_load(out)
+    assert code == 0
+    compression, _, _, summary = printed["trainer"]["callbacks"]
+    assert (compression["init_args"]["keep_ratio"], compression["init_args"]["targets"]) == (0.8, ["*.mlp.*"])
+    assert compression["init_args"]["min_rank"] == 2, "what is not overridden stays"
+    assert summary["class_path"].endswith("ModelSummary")
+    assert printed["model"] | {"learning_rate": 1e-5, "model": str(workplace / "model")} == printed["model"]
+    assert printed["data"]["sources"]["test"] == "2024"
+    assert printed["data"]["tokenizer"] == str(tmp_path / "here"), (
+        "a path on the command line is relative to where it is typed"
+    )
+    assert printed["trainer"]["logger"]["init_args"]["save_dir"] == str(tmp_path.parent / "logs")
+    (tmp_path / "printed.yaml").write_text(out)
+    assert run("run", "printed.yaml", "--print_config")[:2] == (0, out)
+
+
+def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
+    """compress leaves recovery out, and the folder it writes is what evaluate reads and what the plan said."""
+    code, _, err = run("compress", "tiny")
+    assert code == 0, err
+    assert (tmp_path / "out/model/model.safetensors").is_file()
+    code, out, err = run("evaluate", "tiny")
+    assert code == 0, err
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["model", "parameters", "weights", "perplexity"]
+    assert rows[1][0] == "dense"
+    assert int(rows[2][1].replace(",", "")) < int(rows[1][1].replace(",", ""))
+    assert float(rows[2][-1]) != float(rows[1][-1])
+    assert "4 blocks of 32 tokens" in out
+    exported = json.loads((tmp_path / "out/model/config.json").read_text())["quantization_config"]
+    code, out, err = run("plan", "tiny", "--path=ranks.json")
+    assert code == 0, err
+    plan = RankPlan.load(tmp_path / "ranks.json")
+    assert f"{plan.dense_parameters:,} parameters, {plan.parameters:,} kept" in out
+    assert {matrix.name: matrix.rank for matrix in plan.matrices} == {
+        matrix["name"]: matrix["rank"] for matrix in exported["plan"]["matrices"]
+    }
+
+
+def test_run_and_export_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    options = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
+    code, _, err = run("run", "tiny", *options)
+    assert code == 0, err
+    code, out, err = run("export", "tiny", "--path=second")
+    assert code == 0, err
+    assert ".ckpt -> second" in out
+    first, second = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out/model", "second"))
+    assert first["quantization_config"]["plan"]["matrices"] == second["quantization_config"]["plan"]["matrices"]
+
+
+def test_plan_dry_run_needs_no_weights(run: Run, workplace: Path) -> None:
+    code, out, err = run("plan", "tiny", "--dry-run")
+    assert code == 0, err
+    model = tiny_model("llama", vocab_size=300)
+    targets = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+    assert f"Whole model: {model.num_parameters():,} parameters" in out
+    assert f"{targets:,} parameters; kept at keep_ratio=0.6: {int(0.6 * targets):,}" in out
+    code, out, err = run("plan", "tiny", "--dry-run", "--model.model=nobody/nothing")
+    assert code == 2
+    assert "--config_json FILE" in last_line(err)
+    code, out, err = run(
+        "plan", "tiny", "--dry-run", "--model.model=nobody/nothing", f"--config_json={workplace}/model/config.json"
+    )
+    assert code == 0, err
+    assert f"Configuration: {workplace}/model/config.json" in out
+
+
+def test_dry_run_of_a_hub_model_uses_the_carried_configuration(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = run("plan", "llama7b_40pct", "--dry-run")
+    assert code == 0, err
+    assert "Whole model: 6,738,415,616 parameters" in out, "the published size of LLaMA-7B"
+    assert "Target matrices (224): 6,476,005,376 parameters" in out  # 32 (4 x 4096^2 + 3 x 4096 x 11008)
+
+
+def test_errors_of_the_machine_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(error: BaseException) -> Callable[[list[str]], int]:
+        def command(_: list[str]) -> int:
+            raise error
+
+        return command
+
+    assert cli._guarded(fail(OSError(errno.ENOSPC, "No space left on device", "/x")), []) == 2
+    assert "no space left on the disk (/x)" in capsys.readouterr().err
+    assert cli._guarded(fail(PermissionError(errno.EACCES, "denied", "/y")), []) == 2
+    assert "no permission (/y)" in capsys.readouterr().err
+    assert cli._guarded(fail(torch.OutOfMemoryError("CUDA out of memory")), []) == 2
+    assert "lower data.batch_size" in capsys.readouterr().err
+    assert cli._guarded(fail(KeyboardInterrupt()), []) == 130
+    with pytest.raises(ZeroDivisionError):  # a mistake in the program is not the user's: it keeps its traceback
+        cli._guarded(fail(ZeroDivisionError()), [])
+
+
+class Interrupter(pl.Callback):
+    """Presses Ctrl-C where the compression would begin."""
+
+    def setup(self, *_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_run(run: Run) -> None:
+    import signal
+
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        code, _, err = run("run", "tiny", "--trainer.callbacks=[{class_path: tests.test_cli.Interrupter}]")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning switches it off for good
+    assert (code, last_line(err)) == (130, "interrupted")
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_as_a_process(workplace: Path, debug: bool) -> None:
+    """Exit code and streams as a shell sees them; --debug may stand anywhere."""
+    arguments = ["run", *(["--debug"] if debug else []), str(workplace / "tiny.yaml"), "--trainer.max_steps=abc"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_lit.cli", *arguments],
+        cwd=workplace,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert ("Traceback" in done.stderr) is debug
+    assert last_line(done.stderr).endswith("trainer.max_steps='abc' is refused: expected int")
+
+
+# --- the script `lightning` ---
+
+
+@pytest.fixture
+def sdk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An installed distribution ``lightning-sdk`` with a script ``lightning``, as the real one has."""
+    folder = tmp_path / "site"
+    info = folder / "lightning_sdk-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: lightning-sdk\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[console_scripts]\nlightning = sdk_of_a_test:entry\n")
+    (folder / "sdk_of_a_test.py").write_text("import sys\ndef entry():\n    print('sdk', *sys.argv)\n    return 3\n")
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    sys.modules.pop("sdk_of_a_test", None)
+
+
+def test_lightning_runs_recipes(run: Run) -> None:
+    code, _, err = run("run", "tiny", "--trainer.max_stps=3", program=cli.lightning_main)
+    assert (code, last_line(err)) == (
+        2,
+        "error: unknown option '--trainer.max_stps'; did you mean '--trainer.max_steps'?",
+    )
+    assert run("run", "quickstart", "--trainer.max_stps=3", program=cli.lightning_main)[0] == 2
+    assert "recipe 'missing.yaml' does not exist" in run("run", "missing.yaml", program=cli.lightning_main)[2]
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["run", "job", "--x=1"], ["run", "script.py"], ["login"]])
+def test_lightning_passes_the_rest_on_to_the_sdk(run: Run, sdk: Path, arguments: list[str]) -> None:
+    before = list(sys.argv)
+    code, out, _ = run(*arguments, program=cli.lightning_main)
+    assert (code, out) == (3, " ".join(["sdk", "lightning", *arguments]) + "\n")
+    assert sys.argv == before
+
+
+def test_lightning_passes_the_rest_on_to_fabric(run: Run) -> None:
+    assert "lightning-sdk" not in _scripts.script_owners(), "this test needs an environment without lightning-sdk"
+    code, out, _ = run("--help", program=cli.lightning_main)
+    assert code == 0
+    assert "lightning run RECIPE.yaml" in out
+    assert "consolidate" in out, "fabric's own help"
+    code, _, err = run("run", "no_such_script.py", program=cli.lightning_main)
+    assert code == 2
+    assert "no_such_script.py" in err
+
+
+def test_doctor_sees_the_clash(run: Run, sdk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "bin/lightning"
+    script.parent.mkdir()
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    assert "lightning-sdk" in _scripts.script_owners()
+    for module, code in (("lightning_sdk.cli.entrypoint", 1), ("lowrank_lit.cli", 0)):
+        script.write_text(f"#!{sys.executable}\nimport sys\nfrom {module} import main\nsys.exit(main())\n")
+        script.chmod(0o755)
+        found, out, _ = run("doctor")
+        assert found == code
+        assert ("lowrank-lit run RECIPE.yaml" in out) is bool(code)
+        assert (_scripts.REINSTALL in out) is bool(code)
