@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
-from torch import nn
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.cache import load_compression, save_compression
-from lowrank_lit.callbacks.export import ExportOnFitEnd
 from lowrank_lit.compress import MIN_RANK, CompressionResult, Settings, compress, fingerprint
-from lowrank_lit.errors import DataError, PlanError
+from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.module import model_of
+from lowrank_lit.plan import RankPlan
 from lowrank_lit.surgery import count_parameters
+
+_OTHER_PLAN = (
+    "the checkpoint belongs to another plan (other weights, calibration text or settings); "
+    "resume with the recipe that made it"
+)
+
+
+@runtime_checkable
+class ChecksFolder(Protocol):
+    """A callback that wants to refuse a run before anything is computed, such as ``ExportOnFitEnd``."""
+
+    def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
+        """Raise if a run with this fingerprint could not be written at its end."""
 
 
 class LowRankCompression(pl.Callback):
@@ -33,10 +52,12 @@ class LowRankCompression(pl.Callback):
             embedding.
         min_rank: Least rank of a matrix.
         damping: Relative damping of the second moments.
-        batches: Calibration batches; by default the datamodule's ``calibration_batches()``.
+        batches: Calibration batches as :func:`lowrank_lit.compress` takes them; by default the datamodule's
+            ``calibration_batches()``.
 
     Attributes:
         result: Plan and record, once ``setup`` has run.
+        started: When it began, on the clock of ``time.perf_counter``.
 
     Raises:
         LowRankError: A child of it for bad settings, batches or weights; the model is then as it was.
@@ -57,6 +78,9 @@ class LowRankCompression(pl.Callback):
         self._settings = Settings(keep_ratio, metric, allocator, targets, min_rank, damping)
         self.batches = batches
         self.result: CompressionResult | None = None
+        self.started: float | None = None
+        self._model: nn.Module | None = None
+        self._guard: RemovableHandle | None = None
 
     def settings(self) -> dict[str, Any]:
         """The keyword arguments for :func:`lowrank_lit.compress` and :func:`lowrank_lit.plan_ranks`."""
@@ -64,16 +88,39 @@ class LowRankCompression(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Compress the module's model, unless this callback has done so already."""
-        if stage != "fit" or self.result is not None:
+        if stage != "fit":
             return
+        self.started = time.perf_counter()
         pl_module.configure_model()  # Lightning calls it after this hook; it does nothing the second time
         model = model_of(pl_module)
+        if self._model is not model:
+            with isolate_rng():  # what follows is the same whether the compression is computed or taken from disk
+                self._compress_at(trainer, pl_module, model)
+        assert self.result is not None
+        # Lightning loads the weights of a checkpoint before it asks the callbacks, and torch only speaks of shapes.
+        guarded: Any = model  # torch leaves this method without annotations
+        self._guard = guarded.register_load_state_dict_pre_hook(partial(_check_ranks, self.result.plan))
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Stop watching what is loaded into the model."""
+        self._release()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop watching what is loaded into the model."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._guard is not None:
+            self._guard.remove()
+        self._guard = None
+
+    def _compress_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         batches = self._batches(trainer)
         identity = fingerprint(model, batches, self._settings)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ExportOnFitEnd):
+            if isinstance(callback, ChecksFolder):
                 callback.check(trainer, identity)
-        self.result = self._compress(trainer, model, batches, identity)
+        self.result, self._model = self._compress(trainer, model, batches, identity), model
         _describe_storage(self.result.record, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,14 +134,11 @@ class LowRankCompression(pl.Callback):
             PlanError: If the plan in the checkpoint is not the one of this run.
         """
         if self.result is not None and state_dict.get("plan", {}).get("fingerprint") != self.result.plan.fingerprint:
-            raise PlanError(
-                "the checkpoint belongs to another plan (other weights, calibration text or settings); "
-                "resume with the recipe that made it"
-            )
+            raise PlanError(_OTHER_PLAN)
 
     def _batches(self, trainer: pl.Trainer) -> Sequence[Any]:
         if self.batches is not None:
-            return self.batches
+            return list(self.batches)
         datamodule: Any = getattr(trainer, "datamodule", None)
         if not hasattr(datamodule, "calibration_batches"):
             raise DataError(
@@ -108,9 +152,7 @@ class LowRankCompression(pl.Callback):
         root = Path(trainer.default_root_dir)
         kept = load_compression(root / "compressed", model, identity)
         if kept is not None:
-            trainer.print(
-                f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)"
-            )
+            trainer.print(f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
             return kept
         device = trainer.strategy.root_device
         dense, first = _measure(trainer, model)
@@ -120,26 +162,41 @@ class LowRankCompression(pl.Callback):
         result.record["seconds"]["evaluate"] = first + second
         if trainer.is_global_zero:
             save_compression(root / "compressed", model, result)
-            result.plan.save(root / "plan.json")
+            try:
+                result.plan.save(root / "plan.json")
+            except ExportError as error:  # not worth losing a compression for
+                warnings.warn(str(error), stacklevel=2)
         return result
 
 
-def model_of(pl_module: pl.LightningModule) -> nn.Module:
-    """What to compress: the module's transformers model (attribute ``model``), else the module itself."""
-    inner: Any = getattr(pl_module, "model", None)
-    return inner if hasattr(inner, "save_pretrained") else pl_module
-
-
 def _measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]:
-    """Perplexity on the datamodule's test blocks, where it has any, and the seconds it took."""
+    """Perplexity on the datamodule's test blocks and the seconds it took; None without any, or without next-token
+    logits."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "evaluation") or not datamodule.has("test"):
+    has_text = hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and datamodule.has("test")
+    head = getattr(model, "get_output_embeddings", None)
+    if not has_text or head is None or head() is None:
         return None, 0.0
     started = time.perf_counter()
     value = perplexity(
         model, datamodule.evaluation("test"), batch_size=datamodule.batch_size, device=trainer.strategy.root_device
     )
     return value, time.perf_counter() - started
+
+
+def _check_ranks(plan: RankPlan, model: nn.Module, weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    """Refuse weights in which a matrix of the plan has another form or rank than in the model."""
+    own = model.state_dict()
+    for matrix in plan.matrices:
+        stored, expected = _layout(weights, f"{prefix}{matrix.name}"), _layout(own, matrix.name)
+        if stored is not None and stored != expected:
+            raise PlanError(f"'{matrix.name}' is {tuple(stored)} and not {tuple(expected or ())}: {_OTHER_PLAN}")
+
+
+def _layout(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    """Shape of a matrix, or of its inner factor where it is factored, with or without an adapter."""
+    found = (weights.get(f"{name}.{key}") for key in ("weight", "inner.weight", "inner.base_layer.weight"))
+    return next((value.shape for value in found if value is not None), None)
 
 
 def _describe_storage(record: dict[str, Any], pl_module: pl.LightningModule) -> None:

@@ -212,6 +212,8 @@ def _check_entry(entry: dict[str, Any], name: str, where: str) -> None:
     for key in entry.keys() - {"class_path", "init_args", "dict_kwargs"}:
         raise _unknown(f"{where}: ", "key", str(key), ("class_path", "init_args", "dict_kwargs"), f"{name}.")
     cls = _import_class(str(entry["class_path"]), f"{where}: {name}")
+    if "." not in str(entry["class_path"]):
+        entry["class_path"] = f"{cls.__module__}.{cls.__name__}"  # the parser would take any class of that name
     if not inspect.isclass(cls):
         return  # a function that makes the object: the parser knows what to do with it
     arguments = entry.get("init_args") or {}
@@ -306,7 +308,11 @@ def _value(text: str, hint: Any) -> Any:
     only_text = str in kinds and all(kind in (str, NoneType) or _is_path(kind) for kind in kinds)
     if only_text and not (NoneType in kinds and text in ("null", "None")):
         return resolve_paths(text, Path.cwd())
-    return resolve_paths(read_value(text), Path.cwd())
+    value = read_value(text)
+    if list[str] in kinds and isinstance(value, str):
+        # Shell patterns are no YAML: [*.mlp.*] would have to be quoted twice.
+        value = [item.strip(" '\"") for item in text.removeprefix("[").removesuffix("]").split(",")]
+    return resolve_paths(value, Path.cwd())
 
 
 def _is_path(kind: Any) -> bool:

@@ -54,12 +54,13 @@ def evaluate(recipe: Path, overrides: Sequence[Override], flags: Sequence[str], 
     cli.datamodule.prepare_data()
     blocks = cli.datamodule.evaluation("test")
     rows = [["model", "parameters", "weights", "perplexity"]]
-    for name, source in (("dense", settings["model"]["model"]), (str(folder), str(folder))):
+    for name, source in (("dense", cli.model.source), (str(folder), str(folder))):
         rows.append([name, *_measured(cli, source, blocks)])
     print(table(rows))
+    count, length = blocks.shape
     print(
-        f"Perplexity on split test ({cli.datamodule.sources['test']}): {len(blocks)} blocks of {blocks.shape[1]} "
-        f"tokens from the start, {blocks.shape[1] - 1} targets each, weights in {_dtype_name(cli.model.dtype_in_memory)}."
+        f"Perplexity on split test ({cli.datamodule.sources['test']}): {count} blocks of {length} tokens from the "
+        f"start, {length - 1} targets each, weights in {_dtype_name(cli.model.dtype_in_memory)}."
     )
     return 0
 
@@ -183,7 +184,7 @@ def _fit(cli: RecipeCLI) -> None:
 
 
 def _root(settings: dict[str, Any]) -> Path:
-    return Path(settings["trainer"].get("default_root_dir") or ".")
+    return Path(settings.get("trainer", {}).get("default_root_dir") or ".")
 
 
 def _export_folder(settings: dict[str, Any]) -> Path:

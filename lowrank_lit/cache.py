@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.plan import RankPlan
-from lowrank_lit.surgery import apply_plan
+from lowrank_lit.surgery import apply_plan, bias_of
 
 _PLAN, _FACTORS, _RECORD = "plan.json", "factors.safetensors", "record.json"
 
@@ -32,6 +33,7 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
         model: The factored model.
         result: What made it.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {
@@ -39,18 +41,19 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
         for name, layer in _layers(model, result.plan)
         for key, value in layer.state_dict().items()
     }
-    partial = folder / f"{_FACTORS}.part"
+    partial, written = folder / f"{_FACTORS}.part", folder / f"{_RECORD}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RECORD).unlink(missing_ok=True)
         save_file(tensors, partial)
         os.replace(partial, folder / _FACTORS)
         result.plan.save(folder / _PLAN)
-        written = folder / f"{_RECORD}.part"
         written.write_text(json.dumps(result.record, indent=1), encoding="utf-8")
         os.replace(written, folder / _RECORD)
-    except (OSError, LowRankError) as error:
-        partial.unlink(missing_ok=True)
+    except (OSError, LowRankError, SafetensorError) as error:
+        with suppress(OSError):  # the folder may be what cannot be written, or no folder at all
+            partial.unlink(missing_ok=True)
+            written.unlink(missing_ok=True)
         warnings.warn(
             f"the compressed factors could not be kept in '{folder}' ({error}); a second run will calibrate again",
             stacklevel=2,
@@ -69,9 +72,16 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
         return None
     plan, tensors, record = found
     plan.check(model)
+    if {key: tuple(value.shape) for key, value in tensors.items()} != _shapes(model, plan):
+        warnings.warn(f"the factors in '{folder}' do not fit their plan; calibrating again", stacklevel=2)
+        return None
+    frozen = {
+        matrix.name for matrix in plan.matrices if not next(model.get_submodule(matrix.name).parameters()).requires_grad
+    }
     apply_plan(model, plan)
     with torch.no_grad():
         for name, layer in _layers(model, plan):
+            layer.requires_grad_(name not in frozen)
             for key, parameter in layer.named_parameters():
                 parameter.copy_(tensors[f"{name}.{key}"])
     return CompressionResult(plan, record)
@@ -92,19 +102,19 @@ def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dic
     except (OSError, ValueError, SafetensorError) as error:
         warnings.warn(f"the kept compression in '{folder}' cannot be read ({error}); calibrating again", stacklevel=3)
         return None
-    fits = all(
-        tensors[key].shape == shape if key in tensors else False
-        for matrix in plan.matrices
-        if matrix.form == "factored"
-        for key, shape in (
-            (f"{matrix.name}.outer.weight", (matrix.rows, matrix.rank)),
-            (f"{matrix.name}.inner.weight", (matrix.rank, matrix.columns)),
-        )
-    )
-    if not fits:
-        warnings.warn(f"the factors in '{folder}' do not fit their plan; calibrating again", stacklevel=3)
-        return None
     return plan, tensors, record
+
+
+def _shapes(model: nn.Module, plan: RankPlan) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the factors and biases that ``plan`` gives the dense ``model``."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for matrix in plan.matrices:
+        if matrix.form == "factored":
+            shapes[f"{matrix.name}.outer.weight"] = (matrix.rows, matrix.rank)
+            shapes[f"{matrix.name}.inner.weight"] = (matrix.rank, matrix.columns)
+            if bias_of(model.get_submodule(matrix.name)) is not None:
+                shapes[f"{matrix.name}.outer.bias"] = (matrix.rows,)
+    return shapes
 
 
 def _layers(model: nn.Module, plan: RankPlan) -> list[tuple[str, FactoredLinear]]:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from lowrank_lit.errors import DataError
 from lowrank_lit.residual import BlockCosine, ResidualWatcher, find_repeating_blocks, resolve_importance
 from lowrank_lit.statistics import LayerStatistics, MomentSum
-from lowrank_lit.streaming import Batch, Block, BlockCalls, capture_calls, moved, run_model, to_device
+from lowrank_lit.streaming import POSITIONAL, Batch, Block, BlockCalls, capture_calls, moved, run_model, to_device
 
 WeightOf = Callable[[nn.Module], Tensor]
 
@@ -49,8 +49,9 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
     """Calibration batches in one form: dictionaries of keyword arguments for the model, labels left out.
 
     Args:
-        batches: An iterable of dictionaries (``input_ids``, optionally ``attention_mask``), of LongTensors ``(batch,
-            length)``, or of tuples whose first element is one.
+        batches: An iterable of dictionaries (``input_ids``, optionally ``attention_mask``), of tensors, which the model
+            takes as its first positional argument (token ids ``(batch, length)``, features ``(batch, ..., columns)``),
+            or of tuples whose first element is one of these.
 
     Raises:
         DataError: If there is none, one has another form, or a batch holds no tokens.
@@ -60,7 +61,7 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
         if isinstance(batch, (tuple, list)) and batch:
             batch = batch[0]
         if isinstance(batch, Tensor):
-            batch = {"input_ids": batch}
+            batch = {POSITIONAL: batch}
         if not isinstance(batch, Mapping):
             raise DataError(
                 f"calibration batch {number} is a {type(batch).__name__}; give dictionaries with input_ids, or tensors"
@@ -72,6 +73,15 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
     if not result:
         raise DataError("batches is empty; give at least one calibration batch")
     return result
+
+
+def count_tokens(batch: Batch) -> int:
+    """Tokens of a batch, padding left out; of features ``(batch, ..., columns)``, the vectors."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return int(mask.sum())
+    first = next(iter(batch.values()))
+    return (first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel()
 
 
 def calibrate(
@@ -136,8 +146,7 @@ class _Collector:
 
     def count(self, batch: Batch) -> None:
         """Count the tokens of a batch, padding left out."""
-        mask = batch.get("attention_mask")
-        self.tokens += int(mask.sum()) if mask is not None else next(iter(batch.values())).shape[:2].numel()
+        self.tokens += count_tokens(batch)
 
     @contextmanager
     def on(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
@@ -203,24 +212,22 @@ class _Collector:
 
     def _close(self, layers: Mapping[str, nn.Module]) -> None:
         """Turn the sums of ``layers`` into statistics and let the sums go."""
+        own = {name: self._statistics(name, total) for name, total in self._sums.items()}
         for name in layers if self.collect else ():
-            total = self._sums.get(self._owner.get(name, ""))
-            if total is None or total.tokens == 0:
+            statistics = own.get(self._owner.get(name, ""))
+            if statistics is None or statistics.tokens == 0:
                 raise DataError(
                     f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it"
                 )
-            owner = self._owner[name]
-            if owner != name:
-                self._results[name] = self._results[owner]
-            elif name in self._energy:
-                self._results[name] = LayerStatistics(
-                    total.tokens, None, total.mean(), self._energy[name] / total.tokens
-                )
-            else:
-                moment = total.mean()
-                self._results[name] = LayerStatistics(total.tokens, moment, None, float(moment.trace()))
-            self._results[name].check(name)
+            statistics.check(name)
+            self._results[name] = statistics
         self._sums.clear()
+
+    def _statistics(self, name: str, total: MomentSum) -> LayerStatistics:
+        moment = total.mean()
+        if name in self._energy:
+            return LayerStatistics(total.tokens, None, moment, self._energy[name] / max(1, total.tokens))
+        return LayerStatistics(total.tokens, moment, None, float(moment.trace()))
 
     def finish(self, mode: str) -> Calibration:
         notes: tuple[str, ...] = ()

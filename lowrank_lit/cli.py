@@ -108,7 +108,9 @@ def _guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's own way of stopping
             return _interrupted()
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        if isinstance(stop.code, str):
+            return _fail(stop.code, debug)
+        return int(stop.code or 0)
     except Exception as error:
         # Lightning's and torch's classes are looked up only now: the command may never have imported them.
         reason = _foreign(error)

@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 
 from lowrank_lit._version import __version__
 from lowrank_lit.allocation import MatrixSpec, allocate, check_keep_ratio, needs_importance
-from lowrank_lit.calibration import Calibration, as_batches, calibrate, warn_if_short
+from lowrank_lit.calibration import Calibration, as_batches, calibrate, count_tokens, warn_if_short
 from lowrank_lit.errors import BudgetError, LowRankError
 from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.linalg import require_finite
 from lowrank_lit.metrics import moments_of
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
@@ -115,8 +116,8 @@ def compress(
 
     Args:
         model: Any module made of ``nn.Linear`` (or transformers' ``Conv1D``) layers.
-        batches: Calibration batches: dictionaries of keyword arguments (``input_ids``, ``attention_mask``), or
-            LongTensors ``(batch, length)``.
+        batches: Calibration batches: dictionaries of keyword arguments (``input_ids``, ``attention_mask``), or tensors
+            for the first positional argument: token ids ``(batch, length)`` or features ``(batch, ..., columns)``.
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
         metric: In which norm components are large: ``identity`` or ``input`` (SVD-LLM).
         allocator: ``unirank`` (arXiv 2606.21847) or ``uniform``.
@@ -147,6 +148,10 @@ def compress(
     }
     for name, layer in layers.items():
         replace_module(model, draft.targets[name], layer)
+    if layers and hasattr(model, "save_pretrained"):
+        from lowrank_lit.hub import attach  # transformers is there, for the model is one of its own
+
+        attach(model, draft.plan)  # the model's own save_pretrained then writes the plan
     draft.seconds["factor"] += time.perf_counter() - started
     return CompressionResult(draft.plan, _record(model, draft, usable, settings, before))
 
@@ -190,6 +195,8 @@ def _draft(model: nn.Module, batches: Sequence[Batch], settings: Settings, devic
     found = find_targets(model, settings.targets)
     specs = [_spec(target, settings.min_rank) for target in found.values()]
     _check_floor(specs, settings.keep_ratio)
+    for name, target in found.items():
+        require_finite(dense_weight(target.module), f"the weight of layer '{name}'")
     identity = fingerprint(model, batches, settings)
     started = time.perf_counter()
     calibration = calibrate(
@@ -305,8 +312,7 @@ def _record(
         "bytes": {"dense": before[1], "compressed": stored_bytes(model)},
         "seconds": draft.seconds,
         "calibration": {
-            "tokens": draft.calibration.tokens
-            or sum(next(iter(batch.values())).shape[:2].numel() for batch in batches),
+            "tokens": sum(count_tokens(batch) for batch in batches),
             "blocks": sum(len(next(iter(batch.values()))) for batch in batches),
             "hash": batches_hash(batches),
             "mode": draft.calibration.mode,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lowrank_lit.corpus import embedded_text, python_documents
-from lowrank_lit.errors import DataError
+from lowrank_lit.errors import DataError, reason_of
 
 _SPLITS = ("train", "calibration", "validation", "test")
 _JOIN = "\n\n"
@@ -33,7 +33,8 @@ def read_documents(source: str) -> list[str]:
             ``text``), anything else is plain text and one document.
 
     Raises:
-        DataError: If the file is missing, empty or malformed, or the data set cannot be reached.
+        DataError: If the file is missing, empty or malformed, or the data set cannot be reached. A text that is null in
+            a table counts as empty.
     """
     kind, _, rest = source.partition(":")
     if kind == "embedded":
@@ -59,18 +60,25 @@ def _read_file(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"text file '{path}' cannot be read ({error}); give a readable UTF-8 file") from error
-    if path.suffix != ".jsonl":
-        return [text]
+    return _texts_of_lines(text, path) if path.suffix == ".jsonl" else [text]
+
+
+def _texts_of_lines(text: str, path: Path) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, legal inside a string
         if not line.strip():
             continue
         try:
-            documents.append(str(json.loads(line)["text"]))
+            document = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(
                 f"text file '{path}', line {number}: not a JSON object with a field 'text' ({error})"
             ) from error
+        if not isinstance(document, str):
+            raise DataError(
+                f"text file '{path}', line {number}: 'text' is a {type(document).__name__}; it must be a string"
+            )
+        documents.append(document)
     return documents
 
 
@@ -78,26 +86,34 @@ def _texts_of_parquet(path: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path, columns=["text"])
+        values = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
     except Exception as error:  # pyarrow raises many kinds; each means that this file gives no column 'text'
-        raise DataError(f"text file '{path}': no readable column 'text' ({str(error).splitlines()[0]})") from error
-    return [str(value) for value in table.column("text").to_pylist()]
+        raise DataError(f"text file '{path}': no readable column 'text' ({reason_of(error)})") from error
+    return _strings(values, f"text file '{path}'")
+
+
+def _strings(values: Iterable[Any], source: str) -> list[str]:
+    """The texts of a table's column; a null is an empty text."""
+    texts = ["" if value is None else value for value in values]
+    for value in texts:
+        if not isinstance(value, str):
+            raise DataError(f"{source}: column 'text' holds a {type(value).__name__}; it must hold strings")
+    return texts
 
 
 def _read_hub(spec: str) -> list[str]:
     import datasets
 
     parts = spec.split(":")
-    if len(parts) not in (2, 3):
-        raise DataError(f"text 'hub:{spec}': write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise DataError(f"text 'hub:{spec}' is malformed; write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
     try:
-        rows = datasets.load_dataset(*parts[:-1], split=parts[-1])
-        return [str(text) for text in rows["text"]]
+        values = list(datasets.load_dataset(*parts[:-1], split=parts[-1])["text"])
     except Exception as error:  # network, name, configuration and column errors have no common base in `datasets`
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(
-            f"text 'hub:{spec}' cannot be loaded ({reason}); check the name and the network, or give a file"
+            f"text 'hub:{spec}' cannot be loaded ({reason_of(error)}); check the name and the network, or give a file"
         ) from error
+    return _strings(values, f"text 'hub:{spec}'")
 
 
 def load_tokenizer(path: str) -> Any:
@@ -115,9 +131,8 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by the part that is missing
-        reason = str(error).splitlines()[0]
         raise DataError(
-            f"tokenizer '{path}' cannot be loaded ({reason}); give a folder with tokenizer.json or a hub name"
+            f"tokenizer '{path}' cannot be loaded ({reason_of(error)}); give a folder with tokenizer.json or a hub name"
         ) from error
     file = Path(path) / "tokenizer.json"
     if file.is_file():
@@ -128,8 +143,8 @@ def load_tokenizer(path: str) -> Any:
             tokenizer(sample, add_special_tokens=False)["input_ids"]
             != Tokenizer.from_file(str(file)).encode(sample, add_special_tokens=False).ids
         ):
-            names = dict(tokenizer.special_tokens_map)
-            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
+            # Special tokens come from the folder too: those of the class may lie outside of a custom vocabulary.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
     return tokenizer
 
 
@@ -221,13 +236,15 @@ class TextDataModule(pl.LightningDataModule):
         unknown = sorted(set(sources) - set(_SPLITS))
         if unknown:
             raise DataError(f"data.sources has unknown splits {unknown}; allowed are {', '.join(_SPLITS)}")
-        for name, value in (
-            ("block_size", block_size),
-            ("batch_size", batch_size),
-            ("calibration_blocks", calibration_blocks),
+        for name, value, least in (
+            ("block_size", block_size, 2),
+            ("batch_size", batch_size, 1),
+            ("calibration_blocks", calibration_blocks, 1),
+            ("evaluation_blocks", evaluation_blocks, 1),
+            ("vocab_size", vocab_size, 257),
         ):
-            if value < (2 if name == "block_size" else 1):
-                raise DataError(f"data.{name}={value} is too small")
+            if value is not None and value < least:
+                raise DataError(f"data.{name}={value} is too small; give at least {least}")
         self.sources = dict(sources)
         self.tokenizer_path = tokenizer
         self.block_size = block_size
@@ -243,14 +260,17 @@ class TextDataModule(pl.LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_path)
+            try:
+                self._tokenizer = load_tokenizer(self.tokenizer_path)
+            except DataError as error:
+                raise DataError(f"data.tokenizer: {error}") from error
         return self._tokenizer
 
     def prepare_data(self) -> None:
         """Train the tokenizer where one is asked for and there is none yet (runs on one process of a machine)."""
         folder = Path(self.tokenizer_path)
         if self.vocab_size is not None and not (folder / "tokenizer.json").is_file():
-            train_tokenizer(read_documents(self._source("train")), self.vocab_size, folder)
+            train_tokenizer(self._documents("train"), self.vocab_size, folder)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check every source, so that a bad one is found before anything is computed."""
@@ -260,12 +280,11 @@ class TextDataModule(pl.LightningDataModule):
     def blocks(self, split: str) -> Tensor:
         """All blocks of a split, LongTensor ``(blocks, block_size)``."""
         if split not in self._blocks:
-            source = self._source(split)
-            blocks = tokenize_blocks(read_documents(source), self.tokenizer, self.block_size)
+            blocks = tokenize_blocks(self._documents(split), self.tokenizer, self.block_size)
             if len(blocks) == 0:
                 raise DataError(
-                    f"data.sources.{split}='{source}' is shorter than one block of {self.block_size} tokens; "
-                    "give a longer text or a smaller data.block_size"
+                    f"data.sources.{split}='{self.sources[split]}' is shorter than one block of {self.block_size} "
+                    "tokens; give a longer text or a smaller data.block_size"
                 )
             self._blocks[split] = blocks
         return self._blocks[split]
@@ -312,7 +331,10 @@ class TextDataModule(pl.LightningDataModule):
             "calibration_seed": self.calibration_seed,
         }
 
-    def _source(self, split: str) -> str:
+    def _documents(self, split: str) -> list[str]:
         if split not in self.sources:
             raise DataError(f"data.sources has no '{split}'; add a text source for it")
-        return self.sources[split]
+        try:
+            return read_documents(self.sources[split])
+        except DataError as error:
+            raise DataError(f"data.sources.{split}: {error}") from error

@@ -38,3 +38,10 @@ class ExportError(LowRankError):
 
 class RecipeError(LowRankError):
     """A recipe that cannot be found or parsed, or that holds an unknown key."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, in one line of at most 200 characters, to be quoted in a message of ours."""
+    lines = str(error).strip().splitlines()
+    reason = lines[0].strip() if lines else type(error).__name__
+    return reason if len(reason) <= 200 else reason[:197] + "..."

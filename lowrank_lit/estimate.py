@@ -252,6 +252,12 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
         ),
         Item("factor", "device", "second moments of all target matrices, float64", moments),
         Item("factor", "device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
+        Item(
+            "factor",
+            "disk",
+            "factors, kept for a later run",
+            (kept - size.parameters + size.target_parameters) * run.weight_bytes,
+        ),
     ]
     if run.trained:
         items += _recovery(size, run, kept)

@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
+from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.surgery import apply_plan
 
@@ -67,7 +67,8 @@ class LowRankModule(pl.LightningModule):
             return
         config = _load_config(self.source)
         self.storage_dtype = config.dtype or self.dtype_in_memory
-        self.model = _build_model(self.source, config, self.dtype_in_memory)
+        # from_pretrained gives evaluation mode, in which dropout would stay off while training.
+        self.model = _build_model(self.source, config, self.dtype_in_memory).train()
         if self.compile_model:
             self.model.compile()
 
@@ -106,6 +107,12 @@ class LowRankModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
+def model_of(module: pl.LightningModule) -> nn.Module:
+    """What a callback compresses and exports: the module's transformers model (``model``), else the module itself."""
+    inner: Any = getattr(module, "model", None)
+    return inner if hasattr(inner, "save_pretrained") else module
+
+
 def load_checkpoint(module: LowRankModule, path: str | Path) -> None:
     """Load a Lightning checkpoint of a fit into ``module`` as a plain model: factored by its plan, adapters merged.
 
@@ -115,21 +122,26 @@ def load_checkpoint(module: LowRankModule, path: str | Path) -> None:
 
     Raises:
         ExportError: If the file cannot be read, or does not fit the module's model.
+        PlanError: If its plan does not fit the module's model.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights, states = checkpoint["state_dict"], checkpoint.get("callbacks", {})
     except Exception as error:  # a missing, truncated or foreign file surfaces as many kinds of error
-        reason = str(error).splitlines()[0]
-        raise ExportError(f"checkpoint '{path}' cannot be read ({reason}); give a file of ModelCheckpoint") from error
+        raise ExportError(
+            f"checkpoint '{path}' cannot be read ({reason_of(error)}); give a file of ModelCheckpoint"
+        ) from error
     module.configure_model()
-    if (compression := states.get("LowRankCompression")) is not None:
-        module.plan = RankPlan.from_dict(compression["plan"])
+    plan = states.get("LowRankCompression", {}).get("plan")
+    module.plan = None if plan is None else RankPlan.from_dict(plan)
+    if module.plan is not None:
         apply_plan(module.model, module.plan)
     adapters = None
     if any(".lora_" in key for key in weights):
         from lowrank_lit.recovery import add_adapters
 
+        if "RankPreservingLoRA" not in states:
+            raise ExportError(f"checkpoint '{path}' holds adapters of another kind; merge them before it is saved")
         adapters = add_adapters(module, **states["RankPreservingLoRA"]["settings"])
     try:
         module.load_state_dict(weights)
@@ -158,21 +170,27 @@ def _load_config(source: str | dict[str, Any]) -> Any:
             return AutoConfig.from_pretrained(source)
         return AutoConfig.for_model(**source)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError by what is wrong
-        reason = str(error).splitlines()[0]
-        raise ModelError(
-            f"model '{source}' cannot be loaded ({reason}); give a folder with config.json or a hub name"
-        ) from error
+        remedy = "a folder with config.json or a hub name" if isinstance(source, str) else "model_type and its fields"
+        raise ModelError(f"model '{source}' cannot be loaded ({reason_of(error)}); give {remedy}") from error
 
 
 def _build_model(source: str | dict[str, Any], config: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        if isinstance(source, str):
-            return AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if not isinstance(source, str):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    except LowRankError:
+        raise
     except Exception as error:  # a missing, truncated or mis-shaped weight file surfaces as many kinds of error
-        reason = str(error).splitlines()[0]
         raise ModelError(
-            f"the weights of model '{source}' cannot be loaded ({reason}); check that the folder is complete"
+            f"the weights of model '{source}' cannot be loaded ({reason_of(error)}); check that the folder is complete"
         ) from error
+    model, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and only warns
+        raise ModelError(
+            f"the weights of model '{source}' lack {len(missing)} tensors, first '{missing[0]}'; "
+            "check that the folder is complete"
+        )
+    return model

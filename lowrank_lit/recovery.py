@@ -6,8 +6,8 @@ With adapters ``b1 a1`` on ``outer`` (out, r) and ``b2 a2`` on ``inner`` (r, in)
 
 so the merged factors have the shapes they had, rank(W') <= r, and there is nothing to truncate again. A LoRA on the
 product has rank r + l instead; cutting it back to r loses most of a small update. The adapters and their merge are
-PEFT's; here are the choice of layers, the bound on the adapter rank, and the checks. SVD-LLM (arXiv:2403.07378) adapts
-the factors one after the other; here both are adapted at once.
+PEFT's; here are the choice of layers, the bound on the adapter rank, and the checks. (SVD-LLM, arXiv:2403.07378, adapts
+one factor after the other.)
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
 from lowrank_lit.layers import FactoredLinear
@@ -91,7 +90,6 @@ class Adapters:
     _pairs: dict[str, FactoredLinear] = field(repr=False)
     _originals: dict[str, nn.Linear] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
-    _hooks: list[RemovableHandle] = field(repr=False)
 
     @property
     def rank(self) -> int:
@@ -122,8 +120,6 @@ class Adapters:
         self._check_factors()
         trials = {name: _trial(name, pair, (probe or {}).get(name)) for name, pair in self._pairs.items()}
         self._tuner.merge_and_unload(safe_merge=True)
-        for handle in self._hooks:
-            handle.remove()
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
         self._check_factors(adapted=False)
@@ -132,11 +128,9 @@ class Adapters:
 
     def _check_factors(self, *, adapted: bool = True) -> None:
         for name, layer in _factors(self._pairs).items():
-            original = self._originals[name]
-            found = getattr(layer, "base_layer", layer) if adapted else layer
-            shape = (original.out_features, original.in_features)
-            if found is not original or tuple(original.weight.shape) != shape:
-                weight = tuple(found.weight.shape)
+            found, original = getattr(layer, "base_layer", layer) if adapted else layer, self._originals[name]
+            weight, shape = tuple(found.weight.shape), (original.out_features, original.in_features)
+            if found is not original or weight != shape:
                 raise ModelError(
                     f"layer '{name}' is a {type(found).__name__} with a weight of shape {weight} instead of the factor "
                     f"{shape} that was adapted; leave layers alone until the merge, and merge where weights are whole"
@@ -172,8 +166,9 @@ def add_adapters(
             the configuration would train anything but adapters of factors.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        given = f"rank={rank}, alpha={alpha}, dropout={dropout}"
-        raise LowRankError(f"{given} is out of range; give rank >= 1, alpha > 0 and 0 <= dropout < 1")
+        raise LowRankError(
+            f"rank={rank}, alpha={alpha}, dropout={dropout}: give rank >= 1, alpha > 0, 0 <= dropout < 1"
+        )
     from peft import LoraConfig
 
     pairs, originals = _find_pairs(model)
@@ -192,7 +187,7 @@ def add_adapters(
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     record["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Adapters(model, record, tuner, pairs, originals, flags, _make_inputs_require_grad(model))
+    return Adapters(model, record, tuner, pairs, originals, flags)
 
 
 def _inject(pairs: Mapping[str, FactoredLinear], config: Any) -> BaseTuner:
@@ -297,34 +292,13 @@ def _resolve_ranks(pairs: Mapping[str, FactoredLinear], chosen: Mapping[str, str
         if rank > most:
             clamped[layer] = most
             alpha, rank = alpha * (most / rank) ** power, most
-        # To PEFT a key is a pattern for the end of a name; anchored, it is one name.
-        key = "^" + host_name.replace(".", r"\.")
+        key = host_name.replace(".", r"\.")
         ranks |= {key: rank} if rank != config.r else {}
         alphas |= {key: alpha} if alpha != default_alpha else {}
     config.rank_pattern = ranks
     if has_alpha:
         config.alpha_pattern = alphas
     return clamped
-
-
-def _make_inputs_require_grad(model: nn.Module) -> list[RemovableHandle]:
-    """Make embeddings return tensors that require a gradient.
-
-    Under reentrant gradient checkpointing a block none of whose inputs requires a gradient passes none to its adapters,
-    and with frozen embeddings that is the first block, then the next: nothing would train, and nothing would say so.
-    """
-    embeddings: dict[int, nn.Module] = {}
-    for module in model.modules():
-        getter = getattr(module, "get_input_embeddings", None)
-        with suppress(NotImplementedError, AttributeError):  # a model without an embedding of its own
-            if callable(getter) and isinstance(embedding := getter(), nn.Module):
-                embeddings[id(embedding)] = embedding
-    return [embedding.register_forward_hook(_require_grad) for embedding in embeddings.values()]
-
-
-def _require_grad(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-    if isinstance(output, Tensor) and output.is_floating_point() and torch.is_grad_enabled():
-        output.requires_grad_(True)
 
 
 def _summary(trials: Mapping[str, tuple[float, float, float]], before: int, after: int) -> MergeRecord:
@@ -344,7 +318,7 @@ def _summary(trials: Mapping[str, tuple[float, float, float]], before: int, afte
 
 @torch.no_grad()
 def _trial(name: str, pair: FactoredLinear, probe: Tensor | None) -> tuple[float, float, float]:
-    """Merge one pair, measure, and take the merge back to the last bit; returns (difference, relative one, update)."""
+    """Merge one pair, measure, and take the merge back to the last bit: difference, relative difference, update."""
     for key, parameter in pair.named_parameters():
         if not torch.isfinite(parameter).all():
             raise NonFiniteError(f"layer '{_join(name, key)}' holds a NaN or infinity; lower the learning rate")

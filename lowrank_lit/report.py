@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 RECORD_VERSION = 1
 """Version of the record's keys; a reader refuses a newer one."""
 
-_PACKAGES = "torch lightning transformers peft torchmetrics datasets tokenizers safetensors numpy bitsandbytes deepspeed".split()
+_PACKAGES = (
+    *("torch", "lightning", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy"),
+    *("bitsandbytes", "deepspeed"),
+)
 _STAGES = ("calibrate", "allocate", "factor", "recover", "evaluate", "total")
 _REQUIRED: dict[str, tuple[str, ...]] = {
     "keep_ratio": ("requested", "achieved", "whole_model"),
@@ -97,7 +100,7 @@ def assemble(*parts: Mapping[str, Any]) -> dict[str, Any]:
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write a record as JSON; the file is complete or is not there, or is the one that was there before.
 
-    JSON has no infinity: it is written as the string ``"Infinity"``, which ``float()`` and JavaScript's ``Number()`` read.
+    JSON has no infinity: it is written as the string ``"Infinity"``, which ``float()`` reads.
 
     Raises:
         LowRankError: If a key that every record has is missing.
@@ -203,9 +206,9 @@ def _perplexity_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
 
 def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     texts = {
-        "calibrate": "forward and backward passes for the statistics",
-        "allocate": "spectra and ranks",
-        "factor": "factors, put into the model",
+        "calibrate": "forward passes for the statistics",
+        "allocate": "ranks from the spectra",
+        "factor": "spectra and factors of every matrix",
         "recover": "training",
         "evaluate": "all perplexities",
         "total": "from set-up to this table",
@@ -235,8 +238,8 @@ def _quotient(value: float | None, reference: float | None, form: str) -> str:
 def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """Draw the rank of every matrix of a plan as a map, layer by projection, and save it as PNG.
 
-    Colour is the rank as a share of min(rows, columns), the number is the rank; matrices that stay dense are hatched. The
-    layer is the first number in a module's name; names without one share one unnumbered column.
+    Colour is the rank as a share of min(rows, columns), the number is the rank; matrices that stay dense are hatched.
+    The layer is the first number in a module's name; names without one share one unnumbered column.
 
     Raises:
         ExportError: If the file cannot be written.
@@ -282,7 +285,7 @@ def _grid(plan: RankPlan) -> tuple[dict[tuple[int, int], MatrixPlan], list[str],
 
 
 def _place(name: str) -> tuple[str, int | None, str]:
-    """("model.layers", 3, "self_attn.q_proj") of "model.layers.3.self_attn.q_proj"; ("", None, name) without a number."""
+    """("model.layers", 3, "self_attn.q_proj") of "model.layers.3.self_attn.q_proj"; ("", None, name) with no number."""
     parts = name.split(".")
     for index, part in enumerate(parts):
         if part.isdecimal():
@@ -297,8 +300,9 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], Matr
     from matplotlib.patches import Patch, Rectangle
 
     shares = [_share(matrix) for matrix in cells.values() if matrix.form == "factored"]
-    scale = ScalarMappable(Normalize(0.0, max(shares, default=1.0)), colormaps["viridis"])
-    dense = {"facecolor": "#eeeeee", "edgecolor": "#999999", "hatch": "////", "linewidth": 0.0}
+    # Matplotlib's annotations ask for arrays where it takes a number as well.
+    scale: Any = ScalarMappable(Normalize(0.0, max(shares, default=1.0)), colormaps["viridis"])
+    dense: dict[str, Any] = {"facecolor": "#eeeeee", "edgecolor": "#999999", "hatch": "////", "linewidth": 0.0}
     for (column, row), matrix in cells.items():
         corner = (column - 0.48, row - 0.46)
         if matrix.form == "dense":
@@ -313,9 +317,8 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], Matr
         bar.set_label("rank / full rank", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     if len(shares) < len(cells):
-        figure.legend(
-            handles=[Patch(label="stays dense", **dense)], loc="outside lower right", fontsize=7, frameon=False
-        )
+        key: dict[str, Any] = {"loc": "outside lower right", "fontsize": 7, "frameon": False}
+        figure.legend(handles=[Patch(label="stays dense", **dense)], **key)
 
 
 def _share(matrix: MatrixPlan) -> float:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 Batch = Mapping[str, Tensor]
+# Key of the tensor that the model takes as its first positional argument, for a batch that does not name its arguments.
+POSITIONAL = ""
 Block = tuple[str, nn.Module]
 
 
@@ -60,7 +62,7 @@ def capture_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[B
     for batch in batches:
         calls = BlockCalls()
         with (
-            _patched(blocks, lambda index, calls=calls: _pass_through(calls, outputs, index)),
+            _patched(blocks, partial(_pass_through, calls, outputs)),
             suppress(_LastBlockReached),
         ):
             run_model(model, to_device(dict(batch), _device_of(model)))
@@ -73,8 +75,10 @@ def capture_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[B
 def run_model(model: nn.Module, batch: Batch) -> Any:
     """Forward of the model on a batch, without a cache of keys and values, which would keep every block's states for
     nothing."""
-    extra = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    return model(**batch, **extra)
+    named: dict[str, Any] = {key: value for key, value in batch.items() if key != POSITIONAL}
+    if hasattr(getattr(model, "config", None), "use_cache"):
+        named["use_cache"] = False
+    return model(batch[POSITIONAL], **named) if POSITIONAL in batch else model(**named)
 
 
 def to_device(tree: Any, device: torch.device | None) -> Any:

@@ -62,3 +62,14 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip(f"LOWRANK_LIT_REFERENCE={folder} is not a folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a byte-level BPE tokenizer with 300 tokens, trained on real text."""
+    from lowrank_lit.corpus import embedded_text
+    from lowrank_lit.data import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer([embedded_text("validation")[:30_000]], 300, folder)
+    return folder

@@ -183,9 +183,10 @@ def test_help_of_a_callback(run: Run) -> None:
 def test_overrides_reach_the_printed_configuration(run: Run, tmp_path: Path, workplace: Path) -> None:
     options = [
         "--LowRankCompression.keep_ratio=0.8",
-        "--LowRankCompression.targets=['*.mlp.*']",
+        "--LowRankCompression.targets=[*.mlp.*, *.q_proj]",  # not YAML, and what people write
         "--model.learning_rate=1e-5",
         "--data.sources.test=2024",  # text, though YAML would read a number
+        "--trainer.default_root_dir=2025",
         "--data.tokenizer=./here",
         "--trainer.logger=CSVLogger",
         "--trainer.logger.save_dir=../logs",
@@ -195,11 +196,15 @@ def test_overrides_reach_the_printed_configuration(run: Run, tmp_path: Path, wor
     printed = yaml.safe_load(out)
     assert code == 0
     compression, _, _, summary = printed["trainer"]["callbacks"]
-    assert (compression["init_args"]["keep_ratio"], compression["init_args"]["targets"]) == (0.8, ["*.mlp.*"])
+    assert (compression["init_args"]["keep_ratio"], compression["init_args"]["targets"]) == (
+        0.8,
+        ["*.mlp.*", "*.q_proj"],
+    )
     assert compression["init_args"]["min_rank"] == 2, "what is not overridden stays"
     assert summary["class_path"].endswith("ModelSummary")
     assert printed["model"] | {"learning_rate": 1e-5, "model": str(workplace / "model")} == printed["model"]
     assert printed["data"]["sources"]["test"] == "2024"
+    assert printed["trainer"]["default_root_dir"] == "2025"
     assert printed["data"]["tokenizer"] == str(tmp_path / "here"), (
         "a path on the command line is relative to where it is typed"
     )
@@ -309,20 +314,26 @@ def test_ctrl_c_in_a_run(run: Run) -> None:
     assert (code, last_line(err)) == (130, "interrupted")
 
 
-@pytest.mark.parametrize("debug", [False, True])
-def test_as_a_process(workplace: Path, debug: bool) -> None:
-    """Exit code and streams as a shell sees them; --debug may stand anywhere."""
-    arguments = ["run", *(["--debug"] if debug else []), str(workplace / "tiny.yaml"), "--trainer.max_steps=abc"]
+def test_as_a_process(workplace: Path) -> None:
+    """Exit code and streams as a shell sees them."""
     done = subprocess.run(
-        [sys.executable, "-m", "lowrank_lit.cli", *arguments],
+        [sys.executable, "-m", "lowrank_lit", "run", str(workplace / "tiny.yaml"), "--trainer.max_steps=abc"],
         cwd=workplace,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 2
-    assert ("Traceback" in done.stderr) is debug
-    assert last_line(done.stderr).endswith("trainer.max_steps='abc' is refused: expected int")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {workplace}/tiny.yaml: trainer.max_steps='abc' is refused: expected int\n"
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_debug_may_stand_anywhere(run: Run, place: int) -> None:
+    arguments = ["run", "tiny", "--trainer.max_steps=abc"]
+    code, _, err = run(*arguments[:place], "--debug", *arguments[place:])
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+    assert last_line(err).endswith("trainer.max_steps='abc' is refused: expected int")
 
 
 # --- the script `lightning` ---

@@ -28,7 +28,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("streaming", "residual", "calibration", "metrics", "spectrum"),
     ("allocation", "plan"),
     ("layers", "surgery"),
-    ("compress", "refit", "recovery", "evaluation", "hub", "report", "estimate"),
+    ("compress", "cache", "refit", "recovery", "evaluation", "folders", "weights", "hub", "report", "estimate"),
     ("corpus", "data", "module", "strategies"),
     ("callbacks", "recipes"),
     ("_recipes", "_scripts", "_tables"),
