@@ -17,8 +17,9 @@ class RankPreservingLoRA(pl.Callback):
     List it after the callback that compresses the model. Everything but the adapters is frozen during the fit;
     afterwards the module is the plain factored model again, with its names, shapes and ``requires_grad`` flags.
 
-    A checkpoint written during the fit holds the adapters: it resumes the fit, and ``lowrank_lit.module.load_checkpoint``
-    reads it as a plain model; into the merged model it does not load as it is. One that ``ModelCheckpoint(save_last=True)`` writes at the end of training, where it has written none before, holds
+    A checkpoint written during the fit holds the adapters: it resumes the fit, and
+    ``lowrank_lit.module.load_checkpoint`` reads it as a plain model; into the merged model it does not load as it is.
+    One that ``ModelCheckpoint(save_last=True)`` writes at the end of training, where it has written none before, holds
     the merged model: it loads into that, and does not resume. A fit that ends by an exception leaves the adapters in
     place; the next fit of the module with this callback trains them on.
 

@@ -224,7 +224,7 @@ class _Collector:
         self._sums.clear()
 
     def _statistics(self, name: str, total: MomentSum) -> LayerStatistics:
-        moment = total.mean()
+        moment = total.mean().cpu()  # the device holds the sums of one block at a time
         if name in self._energy:
             return LayerStatistics(total.tokens, None, moment, self._energy[name] / max(1, total.tokens))
         return LayerStatistics(total.tokens, moment, None, float(moment.trace()))

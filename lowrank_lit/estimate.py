@@ -235,7 +235,8 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
             run.calibration_tokens * size.hidden * run.weight_bytes,
         ),
         Item("calibrate", "device", "weights of one block", size.block * run.weight_bytes),
-        Item("calibrate", "device", "second moments of all target matrices, float64", moments),
+        Item("calibrate", "device", "second moments of one block, float64", moments // max(1, size.blocks)),
+        Item("calibrate", "host", "second moments of all target matrices, float64", moments),
         Item(
             "calibrate",
             "device",
@@ -250,7 +251,7 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
             "factors, until they replace the matrices",
             (kept - size.parameters + size.target_parameters) * run.weight_bytes,
         ),
-        Item("factor", "device", "second moments of all target matrices, float64", moments),
+        Item("factor", "host", "second moments of all target matrices, float64", moments),
         Item("factor", "device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
         Item(
             "factor",

@@ -52,7 +52,7 @@ def test_comes_back_to_the_last_bit(family: str, tmp_path: Path) -> None:
     assert loaded.record == json.loads(json.dumps(result.record))
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), dense)
-    assert sum(isinstance(module, FactoredLinear) for module in again.modules()) >= 8
+    assert sum(isinstance(module, FactoredLinear) for module in again.modules()) >= 7
     assert all(p.requires_grad for p in again.parameters())
 
 

@@ -155,9 +155,14 @@ def test_padding_does_not_count() -> None:
 
 def test_batches_in_every_form() -> None:
     ids = torch.ones(2, 5, dtype=torch.long)
-    for form in ([ids], [(ids, ids)], [{"input_ids": ids, "labels": ids}]):
-        (batch,) = as_batches(form)
-        assert set(batch) == {"input_ids"}
+    (named,) = as_batches([{"input_ids": ids, "labels": ids}])
+    assert set(named) == {"input_ids"}
+    model = tiny_model("llama")
+    statistics = [run(model, as_batches(form)).statistics for form in ([ids], [(ids, ids)], [named])]
+    for name, first in statistics[0].items():
+        for other in statistics[1:]:
+            assert other[name].tokens == first.tokens == 10
+            assert other[name].input_energy == first.input_energy
     with pytest.raises(DataError, match="batches is empty"):
         as_batches([])
     with pytest.raises(DataError, match="calibration batch 1 is a str"):

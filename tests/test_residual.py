@@ -538,6 +538,24 @@ def expect_joint(net: Net, h: Tensor) -> Expected:
     return {"abcd": (h, wire_joint(net, h))}
 
 
+def wire_shared_matrix(net: Net, h: Tensor) -> Tensor:
+    x = torch.tanh(net.a(h))
+    return h + (net.b(x) + net.c(x))  # a serves both addends: one branch
+
+
+def expect_shared_matrix(net: Net, h: Tensor) -> Expected:
+    return {"abc": (h, wire_shared_matrix(net, h))}
+
+
+def wire_two_outputs(net: Net, h: Tensor) -> Tensor:
+    low, high = torch.aminmax(net.a.weight, dim=0)
+    return h + (net.b(h * low) + net.c(h * high))
+
+
+def expect_two_outputs(net: Net, h: Tensor) -> Expected:
+    return {"abc": (h, wire_two_outputs(net, h))}
+
+
 def wire_gelu(net: Net, h: Tensor) -> Tensor:
     x = net.a(h)
     x = 0.5 * x * (1.0 + torch.tanh(0.8 * (x + 0.044715 * x**3)))  # its addition is none of a sub-block
@@ -666,6 +684,8 @@ WIRINGS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Callable[[Net, Tensor]
     "scaled stream": (wire_scaled_stream, expect_scaled_stream),
     "alpha": (wire_alpha, expect_alpha),
     "joint": (wire_joint, expect_joint),
+    "shared matrix": (wire_shared_matrix, expect_shared_matrix),
+    "two outputs": (wire_two_outputs, expect_two_outputs),
     "gelu": (wire_gelu, expect_gelu),
     "nested": (wire_nested, expect_nested),
     "outer": (wire_outer, expect_outer),
