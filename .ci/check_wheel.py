@@ -84,7 +84,7 @@ def source_files(folder: Path) -> list[str]:
         folders[:] = [name for name in folders if name != "__pycache__"]
         for name in names:
             path = Path(base, name).relative_to(folder)
-            if path.suffix in {".py", ".yaml"} or (folder.name == "recipes" and path.parts[0] == "quickstart"):
+            if path.suffix in {".py", ".yaml", ".json"} or (folder.name == "recipes" and path.parts[0] == "quickstart"):
                 found.append(path.as_posix())
     return found
 

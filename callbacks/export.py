@@ -8,12 +8,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.errors import ExportError, ModelError
-from lowrank_lit.hub import export, refuse_foreign
+from lowrank_lit.hub import LowRankConfig, export, refuse_foreign
 from lowrank_lit.module import model_of
+from lowrank_lit.plan import RankPlan
 
 
 class ExportOnFitEnd(pl.Callback):
@@ -28,14 +30,20 @@ class ExportOnFitEnd(pl.Callback):
         dtype: Type of the stored weights: ``auto`` is that of the dense checkpoint (of the weights in memory where
             there is none), else a name such as ``bfloat16``.
 
+    List it after a callback that changes the model when the fit ends, such as RankPreservingLoRA.
+
     Raises:
-        ExportError: At setup, if the folder holds something else.
-        ModelError: At setup, if the module has no transformers model, or ``dtype`` is unknown.
+        ExportError: Before the run computes anything, if the folder holds something else; at the end, if a weight is
+            too large for the stored type or the folder cannot be written.
+        ModelError: Before the run, if the module has no transformers model, the strategy splits the weights over
+            processes, or ``dtype`` is unknown; at the end, if adapters were left in the model.
+        NonFiniteError: At the end, if a weight is NaN or infinite.
     """
 
     def __init__(self, dirpath: str | None = None, *, dtype: str = "auto") -> None:
         super().__init__()
-        if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        known = getattr(torch, dtype, None)
+        if dtype != "auto" and not (isinstance(known, torch.dtype) and known.is_floating_point):
             raise ModelError(f"dtype='{dtype}' is unknown; choose auto, float32, bfloat16 or float16")
         self.dirpath = dirpath
         self.dtype = dtype
@@ -45,7 +53,14 @@ class ExportOnFitEnd(pl.Callback):
         return Path(trainer.default_root_dir) / "model" if self.dirpath is None else Path(self.dirpath)
 
     def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
-        """Refuse a folder that holds anything but an earlier export of the same fingerprint."""
+        """Refuse what could not be exported: another run's folder, no transformers model, weights in pieces."""
+        refuse_sharded(trainer, "ExportOnFitEnd")
+        module = trainer.lightning_module
+        if not hasattr(model_of(module), "save_pretrained"):
+            raise ModelError(
+                f"{type(module).__name__}.model is no transformers model, so there is no format to export it in; "
+                "leave ExportOnFitEnd out and save the module's state_dict"
+            )
         refuse_foreign(self.folder(trainer), fingerprint)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -53,24 +68,21 @@ class ExportOnFitEnd(pl.Callback):
         if stage != "fit":
             return
         pl_module.configure_model()
-        if not hasattr(model_of(pl_module), "save_pretrained"):
-            raise ModelError(
-                f"{type(pl_module).__name__}.model is no transformers model, so there is no format to export it in; "
-                "leave ExportOnFitEnd out and save the module's state_dict"
-            )
         if _compression(trainer) is None:  # which asks for the check itself, once it knows the fingerprint
-            self.check(trainer, _dense_fingerprint(pl_module))
+            self.check(trainer, _own_fingerprint(pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Round the weights to the stored type and write the folder."""
         model: Any = model_of(pl_module)
+        _refuse_adapters(model)
         stored = self._stored_dtype(pl_module)
         if stored is not None:
             round_weights(model, stored)
         if trainer.is_global_zero:
             compression = _compression(trainer)
-            plan = compression.result.plan if compression is not None and compression.result is not None else None
-            fingerprint = _dense_fingerprint(pl_module) if plan is None else None
+            result = None if compression is None else compression.result
+            plan = _plan_of(pl_module, model) if result is None else result.plan
+            fingerprint = _own_fingerprint(pl_module) if result is None else None
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
 
@@ -80,18 +92,54 @@ class ExportOnFitEnd(pl.Callback):
 
 
 def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Round every floating-point parameter to values that ``dtype`` holds; the parameters keep their own type.
+    """Round every floating-point weight to values that ``dtype`` holds; the weights keep their own type.
+
+    Weights are what a state dict lists: parameters and persistent buffers. What a model computes from its config, such
+    as rotary frequencies, is not stored and stays as it is.
 
     Raises:
-        ExportError: If a weight is too large for ``dtype``.
+        ExportError: If a weight is too large for ``dtype``; the weights before it are rounded by then.
     """
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.is_floating_point():
-                rounded = parameter.to(dtype).to(parameter.dtype)
-                if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(parameter).any()):
+        for name, weight in model.state_dict().items():
+            if weight.is_floating_point():
+                rounded = weight.to(dtype).to(weight.dtype)
+                if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(weight).any()):
                     raise ExportError(f"'{name}' has values beyond {dtype}; choose a wider ExportOnFitEnd.dtype")
-                parameter.copy_(rounded)
+                weight.copy_(rounded)
+
+
+def refuse_sharded(trainer: pl.Trainer, name: str) -> None:
+    """Refuse a strategy that leaves every process with a piece of the weights when the fit ends.
+
+    Raises:
+        ModelError: Under FSDP, tensor parallelism or DeepSpeed's ZeRO stage 3; names the callback ``name``.
+    """
+    strategy = trainer.strategy
+    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False)
+    if sharded:
+        raise ModelError(
+            f"strategy {type(strategy).__name__} splits the weights over processes, and {name} needs them whole; "
+            "use DDP or DeepSpeed ZeRO stage 1 or 2"
+        )
+
+
+def _refuse_adapters(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if type(module).__module__.partition(".")[0] == "peft":
+            raise ModelError(
+                f"'{name}' still has an adapter when ExportOnFitEnd writes the model; "
+                "list RankPreservingLoRA before ExportOnFitEnd, or merge adapters of your own first"
+            )
+
+
+def _plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
+    """The plan of a model that was loaded factored, from a checkpoint or an export; None for a dense one."""
+    loaded = getattr(pl_module, "plan", None)
+    if isinstance(loaded, RankPlan):
+        return loaded
+    stored = getattr(model.config, "quantization_config", None)
+    return stored.rank_plan() if isinstance(stored, LowRankConfig) else None
 
 
 def _compression(trainer: pl.Trainer) -> LowRankCompression | None:
@@ -99,7 +147,10 @@ def _compression(trainer: pl.Trainer) -> LowRankCompression | None:
     return next((callback for callback in callbacks if isinstance(callback, LowRankCompression)), None)
 
 
-def _dense_fingerprint(pl_module: pl.LightningModule) -> str:
-    """Identity of a run that compresses nothing: what the module was made from."""
+def _own_fingerprint(pl_module: pl.LightningModule) -> str:
+    """Identity of a run that compresses nothing: what the module was made from.
+
+    Not the plan's own, even where the model was loaded factored: the run must not replace the folder it came from.
+    """
     source = getattr(pl_module, "source", type(pl_module).__qualname__)
     return hashlib.sha256(f"dense {source}".encode()).hexdigest()[:32]

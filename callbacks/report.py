@@ -9,40 +9,62 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lowrank_lit.callbacks.compression import LowRankCompression
+from lowrank_lit.callbacks.export import refuse_sharded
 from lowrank_lit.callbacks.recovery import RankPreservingLoRA
 from lowrank_lit.compress import CompressionResult
+from lowrank_lit.errors import ExportError
 from lowrank_lit.evaluation import peak_memory_bytes, perplexity
 from lowrank_lit.module import model_of
 from lowrank_lit.report import assemble, data_hash, plot_ranks, summary_table, write_record
+
+_SPLIT = "test"  # where LowRankCompression measures too; another one would compare perplexities of two texts
 
 
 class RankReport(pl.Callback):
     """Write ``record.json`` and ``ranks.png``, print one table, and log its figures.
 
-    A record is also written when the fit starts, so that a run which dies later leaves what it had measured. Where no
-    callback compressed the model there is nothing to report.
+    A record is also written when the fit starts and when training ends, so that a run which dies later leaves what it
+    had measured. Without a LowRankCompression among the trainer's callbacks there is nothing to report, which is warned
+    of. Perplexities are measured on the datamodule's ``evaluation("test")``, where it has one.
 
     Args:
         dirpath: Folder to write to; by default the trainer's root folder.
-        split: Split of the datamodule that perplexities are measured on.
+
+    Attributes:
+        record: What ``record.json`` holds, once the fit has ended.
+
+    Raises:
+        ExportError: Before calibration, if ``dirpath`` cannot be made.
+        ModelError: At setup, if the strategy splits the weights over processes.
     """
 
-    def __init__(self, dirpath: str | None = None, *, split: str = "test") -> None:
+    def __init__(self, dirpath: str | None = None) -> None:
         super().__init__()
         self.dirpath = dirpath
-        self.split = split
         self.record: dict[str, Any] = {}
         self._started = self._train_started = time.perf_counter()
         self._recover: float | None = None
 
+    def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
+        """Find out before the calibration whether there is a folder to write to; any earlier record is replaced."""
+        try:
+            self._folder(trainer).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ExportError(
+                f"RankReport.dirpath='{self._folder(trainer)}' cannot be made ({error.strerror}); choose another folder"
+            ) from error
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start the clock, unless the compression, listed earlier, has started it."""
-        compression = _find(trainer, LowRankCompression)
-        self._started = time.perf_counter()
-        if isinstance(compression, LowRankCompression) and compression.started is not None:
-            self._started = min(self._started, compression.started)
+        if stage != "fit":
+            return
+        refuse_sharded(trainer, "RankReport")
+        self._started, self._recover = _start_of(trainer, self), None
+        if _find(trainer, LowRankCompression) is None:
+            rank_zero_warn("RankReport has nothing to report: there is no LowRankCompression among the callbacks")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the compression measured."""
@@ -55,6 +77,7 @@ class RankReport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of the recovery."""
         self._recover = time.perf_counter() - self._train_started
+        self._write(trainer, self._assemble(trainer))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Measure the recovered model, which is merged, rounded and exported by now, and report."""
@@ -78,10 +101,10 @@ class RankReport(pl.Callback):
     def _recovered(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float | None, float]:
         """Perplexity after the fit, ``None`` without a step or a text, and the seconds that it took."""
         datamodule: Any = getattr(trainer, "datamodule", None)
-        if trainer.global_step == 0 or not hasattr(datamodule, "evaluation") or not datamodule.has(self.split):
+        if trainer.global_step == 0 or not _has_text(datamodule):
             return None, 0.0
         started = time.perf_counter()
-        blocks = datamodule.evaluation(self.split)
+        blocks = datamodule.evaluation(_SPLIT)
         device = trainer.strategy.root_device
         value = perplexity(model_of(pl_module), blocks, batch_size=datamodule.batch_size, device=device)
         return value, time.perf_counter() - started
@@ -97,7 +120,7 @@ class RankReport(pl.Callback):
         merged = tuning.record if isinstance(tuning, RankPreservingLoRA) else None
         trained = trainer.global_step > 0
         now = {
-            "perplexity": {"recovered": value, "protocol": _protocol(trainer, self.split)},
+            "perplexity": {"recovered": value, "protocol": _protocol(trainer)},
             "seconds": {
                 "recover": self._recover if trained else None,
                 "evaluate": before["seconds"].get("evaluate", 0.0) + seconds,
@@ -108,7 +131,7 @@ class RankReport(pl.Callback):
             "fingerprint": result.plan.fingerprint,
             "data_hash": {
                 "calibration": before["calibration"]["hash"],
-                "evaluation": _evaluation_hash(trainer, self.split),
+                "evaluation": _evaluation_hash(trainer),
             },
             "matrices": {
                 "targets": len(result.plan.matrices),
@@ -131,20 +154,32 @@ def _result(trainer: pl.Trainer) -> CompressionResult | None:
     return compression.result if isinstance(compression, LowRankCompression) else None
 
 
-def _protocol(trainer: pl.Trainer, split: str) -> str | None:
+def _start_of(trainer: pl.Trainer, report: RankReport) -> float:
+    """Now, or when the compression began if it is listed first; else its clock still tells of the fit before."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    earlier = callbacks[: callbacks.index(report)]
+    starts = [callback.started for callback in earlier if isinstance(callback, LowRankCompression)]
+    return min([start for start in starts if start is not None], default=time.perf_counter())
+
+
+def _has_text(datamodule: Any) -> bool:
+    return hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and bool(datamodule.has(_SPLIT))
+
+
+def _protocol(trainer: pl.Trainer) -> str | None:
     """How perplexity is measured, in words."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not hasattr(datamodule, "evaluation") or not datamodule.has(split):
+    if not _has_text(datamodule):
         return None
-    count, length = datamodule.evaluation(split).shape
+    count, length = datamodule.evaluation(_SPLIT).shape
     return (
-        f"{split} text, {count} blocks of {length} tokens from its start, {length - 1} targets each, no special tokens"
+        f"{_SPLIT} text, {count} blocks of {length} tokens from its start, {length - 1} targets each, no special tokens"
     )
 
 
-def _evaluation_hash(trainer: pl.Trainer, split: str) -> str | None:
+def _evaluation_hash(trainer: pl.Trainer) -> str | None:
     datamodule: Any = getattr(trainer, "datamodule", None)
-    return data_hash([datamodule.evaluation(split)]) if _protocol(trainer, split) else None
+    return data_hash([datamodule.evaluation(_SPLIT)]) if _has_text(datamodule) else None
 
 
 def _config(trainer: pl.Trainer) -> dict[str, Any]:

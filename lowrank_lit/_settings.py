@@ -85,7 +85,7 @@ def callback_help(settings: dict[str, Any], name: str) -> str:
     parser, _ = _arguments_of(cls, name)
     parser.usage = f"lowrank-lit run RECIPE [--{name}.ARGUMENT=VALUE ...]"
     # The parser offers a file for the whole class; the recipe is that file.
-    return re.sub(rf"  --{name} CONFIG\n.*\n", "", str(parser.format_help()))
+    return re.sub(rf" +--{name} CONFIG\s+Path to a configuration file\.\n", "", str(parser.format_help()))
 
 
 def short(message: str) -> str:

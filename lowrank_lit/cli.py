@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from lowrank_lit._recipes import carried, carried_recipes, find_recipe, nearest
@@ -91,7 +92,10 @@ def lightning_main(argv: Sequence[str] | None = None) -> int:
 def _is_recipe_run(arguments: Sequence[str]) -> bool:
     if len(arguments) < 2 or arguments[0] != "run":
         return False
-    return arguments[1].endswith((".yaml", ".yml")) or carried(arguments[1]) is not None
+    name = arguments[1]
+    # A name that is no file and nearly that of a recipe is a slip, which the other command line would not understand.
+    slip = not Path(name).exists() and nearest(name, list(carried_recipes())) is not None
+    return name.endswith((".yaml", ".yml")) or carried(name) is not None or slip
 
 
 def _guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
 from lowrank_lit.plan import RankPlan
@@ -60,6 +61,7 @@ class LowRankModule(pl.LightningModule):
         self.storage_dtype: torch.dtype | None = None
         self.model: Any = None
         self.plan: RankPlan | None = None
+        self.validation_loss = MeanMetric()
 
     def configure_model(self) -> None:
         """Load or build the model; does nothing on a second call."""
@@ -92,9 +94,16 @@ class LowRankModule(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        """Logs ``val_loss``: mean next-token cross-entropy in nats."""
+        """Adds a batch to ``val_loss``, the mean next-token cross-entropy in nats over all targets."""
         loss = self.model(**batch, use_cache=False).loss
-        self.log("val_loss", loss, prog_bar=True, batch_size=len(batch["input_ids"]), sync_dist=True)
+        targets = batch["labels"][:, 1:]
+        self.validation_loss.update(loss, weight=int((targets != -100).sum()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs ``val_loss`` and ``val_perplexity``, its exponential; all-reduced where there are several processes."""
+        loss = self.validation_loss.compute()
+        self.validation_loss.reset()
+        self.log_dict({"val_loss": loss, "val_perplexity": loss.exp()}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and cosine decay to a tenth of the peak."""

@@ -248,7 +248,7 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     from matplotlib.figure import Figure
 
     cells, columns, rows = _grid(plan)
-    width = min(24.0, max(5.5, 2.6 + 0.46 * len(columns)))
+    width = min(24.0, max(6.4, 2.6 + 0.46 * len(columns)))
     height = min(24.0, 1.5 + 0.36 * len(rows))
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of its own: no pyplot, no window, no state that outlives the call

@@ -210,7 +210,7 @@ def test_a_place_that_cannot_be_written_costs_warnings(
     (root / "plan.json" / "in the way").mkdir(parents=True)
     (root / "compressed").write_text("in the way")
     module, callback = LowRankModule(str(folder)), make_callback()
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="cannot be written|could not be kept") as caught:
         pl.Trainer(**trainer_settings, callbacks=[callback]).fit(module, text())
     messages = [str(warning.message) for warning in caught]
     assert any("could not be kept in" in message for message in messages)
@@ -255,7 +255,9 @@ def test_only_a_fit_compresses(
 ) -> None:
     module, callback = LowRankModule(str(folder)), make_callback()
     data = text(splits=("train", "validation"))
-    pl.Trainer(**{**trainer_settings, "limit_val_batches": 1}, callbacks=[callback]).validate(module, data, verbose=False)
+    pl.Trainer(**{**trainer_settings, "limit_val_batches": 1}, callbacks=[callback]).validate(
+        module, data, verbose=False
+    )
     assert callback.result is None
     assert not factored(module)
 
@@ -303,14 +305,11 @@ def test_a_users_own_module(form: str, trainer_settings: dict[str, Any]) -> None
     if form != "tuples":
         batches = [x if form == "tensors" else {"features": x} for x, _ in batches]
     module = OwnModule()
-    dense = {name: child.weight.detach().clone() for name, child in module.named_modules() if isinstance(child, nn.Linear)}
-    # A keep ratio of 1 would be reached by the dense matrices; at 0.9 ranks are high and the inputs low-dimensional.
     callback = make_callback(0.5, min_rank=1, allocator="uniform", batches=batches)
     trainer = pl.Trainer(**trainer_settings, callbacks=[callback])
     trainer.fit(module, loader)
     layers = factored(module)
     assert {"net.0", "net.2"} <= layers.keys()
-    assert dense.keys() == {"net.0", "net.2", "net.4"}
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     assert optimized == {id(p) for p in module.parameters()}
     assert callback.result is not None
@@ -352,22 +351,26 @@ def interrupted(
 def test_a_resumed_fit_equals_an_uninterrupted_one(
     trainer_settings: dict[str, Any], folder: Path, text: Callable[..., TextDataModule], tmp_path: Path
 ) -> None:
-    data = text(batch_size=64)  # one batch an epoch: the order of the blocks cannot differ
+    data = text(batch_size=512)
+    assert len(data.blocks("train")) < 512  # one batch an epoch, so that the order of the blocks hardly matters
     settings = {**trainer_settings, "max_steps": 4}
     whole, _ = interrupted(settings, folder, data, tmp_path / "ckpt")
     path = str(tmp_path / "ckpt" / "step=2.ckpt")
     resumed, callback = interrupted(settings, folder, data, tmp_path / "other", ckpt_path=path)
     assert sorted(file.name for file in (tmp_path / "other").iterdir()) == ["step=3.ckpt", "step=4.ckpt"]
     expected = whole.state_dict()
-    for name, value in resumed.state_dict().items():
-        assert torch.allclose(value, expected[name], rtol=0, atol=1e-6), name  # 1e-7: blocks summed in another order
+    change = max(float((value - expected[name]).abs().max()) for name, value in resumed.state_dict().items())
+    assert change < 1e-6  # 4e-8: blocks are summed in another order
     assert callback._guard is None
     assert not resumed.model._load_state_dict_pre_hooks
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"keep_ratio": 0.4}, "'model.layers.*: the checkpoint belongs to another plan"), ({"damping": 1e-3}, "^the check")],
+    [
+        ({"keep_ratio": 0.4}, "'model.layers.*: the checkpoint belongs to another plan"),
+        ({"damping": 1e-3}, "^the checkpoint belongs to another plan"),
+    ],
 )
 def test_a_checkpoint_of_another_plan_is_refused(
     change: dict[str, float],

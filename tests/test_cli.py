@@ -178,6 +178,8 @@ def test_help_of_a_callback(run: Run) -> None:
     code, out, _ = run("run", "tiny", "--LowRankCompression.help")
     assert code == 0
     assert "--LowRankCompression.keep_ratio" in out
+    assert "Share of the target matrices' parameters to keep" in out
+    assert "CONFIG" not in run("run", "quickstart", "--RankReport.help")[1], "no option that is refused"
 
 
 def test_overrides_reach_the_printed_configuration(run: Run, tmp_path: Path, workplace: Path) -> None:

@@ -82,14 +82,14 @@ def test_passages_ignore_blank_lines_and_indentation() -> None:
 @pytest.mark.parametrize("read", [embedded_text, python_documents])
 def test_an_unknown_split_is_refused(read: object) -> None:
     assert callable(read)
-    with pytest.raises(DataError, match="'(embedded|stdlib):elsewhere': no such .*; choose"):
+    with pytest.raises(DataError, match=r"'(embedded|stdlib):elsewhere': no such .*; choose"):
         read("elsewhere")
 
 
 def test_a_python_without_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     monkeypatch.setattr(corpus, "_topics", dict)
-    with pytest.raises(DataError, match="no document found under .*; use a Python installed with its sources"):
+    with pytest.raises(DataError, match=r"no document found under .*; use a Python installed with its sources"):
         python_documents("train")
 
 

@@ -63,7 +63,7 @@ _BAD: dict[str, tuple[Callable[[Path], str], str]] = {
     "blank": (lambda folder: write(folder / "a.txt", b" \n\n"), "is empty"),
     "short": (lambda folder: write(folder / "a.txt", b"One."), "shorter than one block of 32 tokens; give a longer"),
     "not text": (lambda folder: write(folder / "a.txt", b"\xff\xfe\x00"), "cannot be read .*; give a readable UTF-8"),
-    "cut line": (lambda folder: write(folder / "a.jsonl", line("a") + b'\n{"text": "b\n' + line("c")), "line 3: not a JSON"),
+    "cut line": (lambda folder: write(folder / "a.jsonl", line("a") + b'\n{"text": "b\n' + line("c")), "line 3: not a"),
     "no field": (lambda folder: write(folder / "a.jsonl", line("a") + b'{"body": "b"}\n'), "line 2: .*'text'"),
     "no object": (lambda folder: write(folder / "a.jsonl", b"[1]\n"), "line 1: not a JSON object"),
     "number": (lambda folder: write(folder / "a.jsonl", line("a") + line(3)), "line 2: 'text' is a int; it must be"),
@@ -102,7 +102,7 @@ def test_hub_without_network(make: Callable[..., TextDataModule], monkeypatch: p
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the libraries' own switch
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     module = make(sources={"test": "hub:nobody/has-this:default:test"})
-    with pytest.raises(DataError, match="cannot be loaded .*; check the name and the network, or give a file") as caught:
+    with pytest.raises(DataError, match=r"cannot be loaded .*; check the name and the network, or") as caught:
         module.setup("test")
     assert str(caught.value).startswith("data.sources.test: text 'hub:nobody/has-this:default:test'")
     assert "\n" not in str(caught.value)
@@ -167,7 +167,8 @@ def test_blocks_are_the_plain_concatenation_without_special_tokens(tokenizer_fol
     tokenizer = load_tokenizer(str(tokenizer_folder))
     documents = [TEXT[:700], TEXT[700:1500], TEXT[1500:2500]]
     raw = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    ids = [token for text in (documents[0], *("\n\n" + text for text in documents[1:])) for token in raw.encode(text).ids]
+    pieces = [documents[0], *("\n\n" + text for text in documents[1:])]
+    ids = [token for piece in pieces for token in raw.encode(piece).ids]
     blocks = tokenize_blocks(documents, tokenizer, BLOCK)
     assert blocks.dtype == torch.long
     assert blocks.shape == (len(ids) // BLOCK, BLOCK)
