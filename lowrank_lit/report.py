@@ -197,9 +197,12 @@ def _size_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
 
 def _perplexity_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     values = record["perplexity"]
-    texts = {"compressed": values["protocol"] or "not measured", "recovered": "the same, after training"}
-    for key, label in (("compressed", "perplexity, one-shot"), ("recovered", "perplexity, recovered")):
-        text = texts[key] if values[key] is not None or key == "compressed" else "no training step was made"
+    after = "no training step was made" if values["recovered"] is None else "the same text, after training"
+    for key, label, text in (
+        ("compressed", "perplexity, one-shot", values["protocol"]),
+        ("recovered", "perplexity, recovered", values["protocol"] and after),
+    ):
+        text = text or "not measured: no text"
         ratio = _quotient(values[key], values["dense"], ".3f")
         yield label, _number(values["dense"], ".5g"), _number(values[key], ".5g"), ratio, text
 
@@ -228,7 +231,7 @@ def _whole(value: int | None) -> str:
 
 
 def _scaled(size: int | None) -> str:
-    return _number(None if size is None else size / 1e6, ",.1f")
+    return "–" if size is None else format(size / 1e6, ",.1f" if size >= 1e7 else ".3f")
 
 
 def _quotient(value: float | None, reference: float | None, form: str) -> str:

@@ -25,7 +25,7 @@ PACKAGE = Path(lowrank_lit.__file__).parent
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "linalg"),
     ("statistics",),
-    ("streaming", "residual", "calibration", "metrics", "spectrum"),
+    ("streaming", "dataflow", "residual", "calibration", "metrics", "spectrum"),
     ("allocation", "plan"),
     ("layers", "surgery"),
     ("compress", "cache", "refit", "recovery", "evaluation", "folders", "weights", "hub", "report", "estimate"),

@@ -153,13 +153,13 @@ def test_versions_are_of_what_is_installed() -> None:
 
 
 def test_table_holds_every_figure() -> None:
-    lines = {line.strip().split("  ")[0]: line for line in shown(assemble(figures())).splitlines()}
+    lines = {line.strip().split("  ")[0]: line for line in shown(assemble(figures()), 160).splitlines()}
     for row, numbers in {
         "targets": ("1,000,000", "598,000", "0.5980", "21 target matrices, 20 of them factored", "0.6000"),
         "model": ("1,600,000", "1,198,000", "0.7500"),
-        "MB": ("3.2", "2.4", "0.7488"),
+        "MB": ("3.200", "2.396", "0.7488"),
         "perplexity, one-shot": ("20", "30", "1.500", "4 blocks"),
-        "perplexity, recovered": ("20", "25", "1.250"),
+        "perplexity, recovered": ("20", "25", "1.250", "after training"),
         "seconds, calibrate": ("1.0",),
         "seconds, total": ("6.0",),
         "peak memory, MB": ("512.0",),
@@ -170,7 +170,7 @@ def test_table_holds_every_figure() -> None:
 
 
 def test_table_of_an_unfinished_run_and_of_infinities() -> None:
-    text = shown(assemble(figures(complete=False, perplexity={"dense": 20.0, "compressed": math.inf})))
+    text = shown(assemble(figures(complete=False, perplexity={"dense": 20.0, "compressed": math.inf, "protocol": "x"})))
     assert "unfinished run" in text
     assert "no training step was made" in text
     assert "inf" in text

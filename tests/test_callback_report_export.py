@@ -1,0 +1,399 @@
+"""RankReport and ExportOnFitEnd in real fits: what is reported is what the exported folder holds."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import AutoModelForCausalLM
+
+from lowrank_lit.callbacks import ExportOnFitEnd, LowRankCompression, RankPreservingLoRA, RankReport
+from lowrank_lit.callbacks.export import round_weights
+from lowrank_lit.corpus import embedded_text
+from lowrank_lit.data import TextDataModule
+from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
+from lowrank_lit.evaluation import perplexity
+from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.module import LowRankModule
+from lowrank_lit.report import data_hash, read_record
+from tests.tiny import tiny_model
+
+_STAGES = ("calibrate", "allocate", "factor", "recover", "evaluate")
+_NEW = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+    "dtype": "bfloat16",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model of two layers, stored in bfloat16."""
+    path = tmp_path_factory.mktemp("dense")
+    tiny_model("llama", vocab_size=300).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TextDataModule]:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(embedded_text("test")[:6000], encoding="utf-8")
+
+    def make(*splits: str) -> TextDataModule:
+        sizes = {"block_size": 32, "batch_size": 4, "calibration_blocks": 16, "evaluation_blocks": 6}
+        return TextDataModule(dict.fromkeys(splits or ("train", "test"), str(path)), str(tokenizer_folder), **sizes)
+
+    return make
+
+
+def make_trainer(root: Path, callbacks: list[pl.Callback], steps: int = 2, **settings: Any) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=steps,
+        limit_val_batches=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        callbacks=callbacks,
+        **{"logger": False, **settings},
+    )
+
+
+def compression() -> LowRankCompression:
+    return LowRankCompression(0.6, min_rank=4)
+
+
+@dataclass
+class Run:
+    """A fit that has ended."""
+
+    root: Path
+    module: LowRankModule
+    data: TextDataModule
+    compression: LowRankCompression
+    report: RankReport
+    output: str
+    wall: float
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return read_record(self.root / "record.json")
+
+    def exported(self) -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.root / "model", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, text: Callable[..., TextDataModule], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Everything in the usual order: compress, recover for two steps, export, report."""
+    root = tmp_path_factory.mktemp("run")
+    pl.seed_everything(3, verbose=False)
+    module, data = LowRankModule(str(folder), learning_rate=0.02), text()
+    callbacks = [compression(), RankPreservingLoRA(2), ExportOnFitEnd(), RankReport()]
+    trainer = make_trainer(root, callbacks, logger=CSVLogger(root, name="log", version=""), log_every_n_steps=1)
+    output, started = io.StringIO(), time.perf_counter()
+    with redirect_stdout(output):
+        trainer.fit(module, data)
+    return Run(root, module, data, callbacks[0], callbacks[3], output.getvalue(), time.perf_counter() - started)  # type: ignore[arg-type]
+
+
+def test_record_is_complete(run: Run) -> None:
+    record = run.record
+    assert record["complete"]
+    assert run.compression.result is not None
+    made = run.compression.result
+    for section in ("keep_ratio", "parameters", "bytes"):
+        assert record[section] == made.record[section]
+    for key in ("dense", "compressed"):
+        assert record["perplexity"][key] == made.record["perplexity"][key] > 1
+    assert record["fingerprint"] == made.plan.fingerprint
+    assert record["matrices"] == {"targets": 14, "factored": sum(m.form == "factored" for m in made.plan.matrices)}
+    assert record["data_hash"]["evaluation"] == data_hash([run.data.evaluation("test")])
+    assert record["data_hash"]["calibration"] == made.record["calibration"]["hash"]
+    assert record["perplexity"]["protocol"].startswith("test text, 6 blocks of 32 tokens")
+    assert record["recovery"]["steps"] == 2
+    assert record["seed"] == 3
+    assert record["config"]["keep_ratio"] == 0.6
+    assert record["peak_memory_bytes"] > 50e6
+
+
+def test_seconds_add_up(run: Run) -> None:
+    seconds = run.record["seconds"]
+    assert all(seconds[stage] > 0 for stage in _STAGES)
+    assert sum(seconds[stage] for stage in _STAGES) <= seconds["total"] <= run.wall
+
+
+def test_recovered_perplexity_is_that_of_the_exported_folder(run: Run) -> None:
+    record = run.record["perplexity"]
+    model = run.exported()
+    assert sum(isinstance(module, FactoredLinear) for module in model.modules()) == run.record["matrices"]["factored"]
+    measured = perplexity(model, run.data.evaluation("test"))
+    assert measured == pytest.approx(record["recovered"], rel=1e-6)  # measured: 0
+    assert abs(record["recovered"] / record["compressed"] - 1) > 1e-3  # two steps do change it
+    from safetensors.torch import load_file
+
+    stored = load_file(run.root / "model" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_weights_in_memory_are_rounded_to_what_is_stored(run: Run) -> None:
+    own, stored = run.module.model.state_dict(), run.exported().state_dict()
+    assert own.keys() == stored.keys()
+    for name, weight in own.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, stored[name]), name
+    frequencies = run.module.model.model.rotary_emb.inv_freq  # computed, not stored: rounding would move every position
+    assert not torch.equal(frequencies, frequencies.to(torch.bfloat16).float())
+
+
+def test_picture_table_and_log(run: Run) -> None:
+    assert (run.root / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert "Low-rank compression" in run.output
+    assert f"{run.record['perplexity']['recovered']:.5g}" in run.output
+    assert run.report.record["complete"]
+    rows = list(csv.DictReader((run.root / "log" / "metrics.csv").open()))
+    logged = {key: row[key] for row in rows for key in row if key.startswith("lowrank/") and row[key]}
+    record = run.record
+    for section in ("keep_ratio", "parameters", "bytes", "perplexity", "seconds"):
+        for key, value in record[section].items():
+            if key != "protocol":
+                assert float(logged[f"lowrank/{section}/{key}"]) == pytest.approx(value, rel=1e-6)
+
+
+def test_without_a_step_there_is_no_recovery(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    callbacks = [compression(), RankPreservingLoRA(2), ExportOnFitEnd(), RankReport()]
+    make_trainer(tmp_path, callbacks, steps=0).fit(LowRankModule(str(folder)), text())
+    record = read_record(tmp_path / "record.json")
+    assert record["complete"]
+    assert record["perplexity"]["recovered"] is record["seconds"]["recover"] is None
+    assert record["perplexity"]["compressed"] > record["perplexity"]["dense"] > 1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    measured = perplexity(model, text().evaluation("test"))
+    # The compression is measured before its factors are rounded to bfloat16; measured difference: 2e-3.
+    assert measured == pytest.approx(record["perplexity"]["compressed"], rel=0.02)
+
+
+class PowerCut(LowRankModule):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.global_step == 1:
+            raise KeyError("the power went out")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_run_that_dies_keeps_its_record(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    callbacks: list[pl.Callback] = [RankReport(), ExportOnFitEnd(), compression()]
+    with pytest.raises(KeyError, match="power"):
+        make_trainer(tmp_path, callbacks).fit(PowerCut(str(folder)), text())
+    record = read_record(tmp_path / "record.json")
+    assert record["complete"] is False
+    assert record["perplexity"]["compressed"] > record["perplexity"]["dense"] > 1
+    assert record["seconds"]["calibrate"] > 0
+    assert record["perplexity"]["recovered"] is record["seconds"]["recover"] is None
+    assert not (tmp_path / "model").exists()
+    assert not (tmp_path / "ranks.png").exists()
+
+
+def test_any_order_and_a_second_fit(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    report, made = RankReport(), compression()
+    callbacks: list[pl.Callback] = [report, ExportOnFitEnd(), made, RankPreservingLoRA(2)]
+    module, data = LowRankModule(str(folder)), text()
+    make_trainer(tmp_path, callbacks).fit(module, data)
+    first = read_record(tmp_path / "record.json")
+    assert first["complete"]
+    assert first["perplexity"]["recovered"] > 1
+    assert sum(first["seconds"][stage] for stage in _STAGES) <= first["seconds"]["total"]
+
+    time.sleep(1.0)  # a clock that still ran since the first fit would show
+    started = time.perf_counter()
+    make_trainer(tmp_path, [report, made], steps=0).fit(module, data)
+    second = read_record(tmp_path / "record.json")
+    assert second["seconds"]["total"] <= time.perf_counter() - started
+    assert second["seconds"]["recover"] is None
+
+
+def test_perplexities_are_null_without_a_test_text(
+    folder: Path, text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    make_trainer(tmp_path, [compression(), RankReport()]).fit(LowRankModule(str(folder)), text("train"))
+    record = read_record(tmp_path / "record.json")
+    assert set(record["perplexity"].values()) == {None}
+    assert record["data_hash"]["evaluation"] is None
+    assert record["complete"]
+
+
+def test_report_without_a_compression_warns(text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing to report"):
+        make_trainer(tmp_path, [RankReport()], steps=1).fit(LowRankModule(_NEW), text())
+    assert not (tmp_path / "record.json").exists()
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
+@pytest.mark.parametrize(
+    "make", [lambda path: RankReport(path), lambda path: ExportOnFitEnd(path)], ids=["report", "export"]
+)
+def test_a_folder_that_cannot_be_is_refused_before_calibration(
+    folder: Path, text: Callable[..., TextDataModule], tmp_path: Path, make: Callable[[str], pl.Callback], first: bool
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    module, seen = LowRankModule(str(folder)), []
+    module.configure_model()
+    module.model.register_forward_pre_hook(lambda *_: seen.append(1))
+    callbacks: list[pl.Callback] = [compression(), make(str(tmp_path / "file"))]
+    with pytest.raises(ExportError, match="file"):
+        make_trainer(tmp_path / "root", callbacks[::-1] if first else callbacks).fit(module, text())
+    assert not seen
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_dense_model_is_exported_and_replaced_by_its_own_run_alone(
+    text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    def fit(source: dict[str, Any], steps: int) -> LowRankModule:
+        module = LowRankModule(source, learning_rate=0.02)
+        make_trainer(tmp_path, [ExportOnFitEnd()], steps).fit(module, text())
+        return module
+
+    fit(_NEW, 1)
+    module = fit(_NEW, 2)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    for name, weight in module.model.state_dict().items():
+        assert torch.equal(weight, loaded.state_dict()[name]), name
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+    with pytest.raises(ExportError, match="another run"):
+        fit({**_NEW, "hidden_size": 64}, 1)
+
+
+def test_factored_model_trains_on_without_a_compression(
+    run: Run, text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    callbacks = [RankPreservingLoRA(2), ExportOnFitEnd()]
+    module = LowRankModule(str(run.root / "model"), learning_rate=0.02)
+    make_trainer(tmp_path, callbacks).fit(module, text())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    before, after = run.exported().state_dict(), loaded.state_dict()
+    assert {name: w.shape for name, w in after.items()} == {name: w.shape for name, w in before.items()}
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    with pytest.raises(ExportError, match="another run"):  # it does not write over what it started from
+        make_trainer(tmp_path, [ExportOnFitEnd(str(run.root / "model"))]).fit(module, text())
+
+
+def test_adapters_left_in_the_model_are_named(
+    folder: Path, text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    module = LowRankModule(str(folder))
+    callbacks: list[pl.Callback] = [compression(), ExportOnFitEnd(), RankPreservingLoRA(2)]
+    with pytest.raises(ModelError, match="list RankPreservingLoRA before ExportOnFitEnd"):
+        make_trainer(tmp_path, callbacks, steps=0).fit(module, text())
+    assert not (tmp_path / "model").exists()
+
+
+class Break(pl.Callback):
+    """Sets one weight after training."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            pl_module.get_parameter("model.model.norm.weight")[0] = self.value
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "error"),
+    [(1e5, "float16", ExportError), (float("nan"), "auto", NonFiniteError), (float("inf"), "auto", NonFiniteError)],
+)
+def test_weights_that_cannot_be_stored(
+    text: Callable[..., TextDataModule], tmp_path: Path, value: float, dtype: str, error: type[Exception]
+) -> None:
+    with pytest.raises(error, match=r"'model\.norm\.weight'"):
+        make_trainer(tmp_path, [Break(value), ExportOnFitEnd(dtype=dtype)], 1).fit(LowRankModule(_NEW), text())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bf16", "Tensor", ""])
+def test_unknown_dtypes(dtype: str) -> None:
+    with pytest.raises(ModelError, match="dtype="):
+        ExportOnFitEnd(dtype=dtype)
+
+
+class Plain(pl.LightningModule):
+    """A module of the user's own, without any transformers model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.net(x)
+        return result
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        return DataLoader(TensorDataset(torch.randn(8, 16)), batch_size=4)
+
+
+def test_users_own_module_is_reported_but_not_exported(tmp_path: Path) -> None:
+    made = LowRankCompression(
+        0.6, metric="identity", allocator="uniform", min_rank=2, batches=[{"x": torch.randn(4, 16)}]
+    )
+    make_trainer(tmp_path, [made, RankReport()]).fit(Plain())
+    record = read_record(tmp_path / "record.json")
+    assert record["complete"]
+    assert record["keep_ratio"]["achieved"] <= 0.6
+    assert set(record["perplexity"].values()) == {None}
+    with pytest.raises(ModelError, match="no transformers model"):
+        make_trainer(tmp_path / "other", [made, ExportOnFitEnd()]).fit(Plain())
+    assert not (tmp_path / "other" / "plan.json").exists()  # refused before anything was computed
+    with pytest.raises(ModelError, match="no transformers model"):
+        make_trainer(tmp_path / "other", [ExportOnFitEnd()]).fit(Plain())
+
+
+@pytest.mark.parametrize("callback", [ExportOnFitEnd(), RankReport()], ids=["export", "report"])
+def test_weights_in_pieces_are_refused_at_setup(callback: pl.Callback) -> None:
+    module = LowRankModule(_NEW)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=ModelParallelStrategy(), logger=False)
+    trainer.strategy.connect(module)
+    with pytest.raises(ModelError, match="ModelParallelStrategy splits the weights"):
+        callback.setup(trainer, module, "fit")
+
+
+def test_rounding_keeps_types_ties_and_what_is_not_stored() -> None:
+    model = tiny_model("llama")
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    frequencies = model.model.rotary_emb.inv_freq.clone()  # type: ignore[union-attr, operator]
+    round_weights(model, torch.bfloat16)
+    for name, weight in model.state_dict().items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, before[name].to(torch.bfloat16).float())
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert tied
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)  # type: ignore[union-attr, arg-type]
