@@ -15,12 +15,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_lit.cache import load_compression, save_compression
+from lowrank_lit.cache import kept_record, load_compression, save_compression
 from lowrank_lit.compress import MIN_RANK, CompressionResult, Settings, compress, fingerprint
 from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.report import data_hash
 from lowrank_lit.surgery import count_parameters
 
 _OTHER_PLAN = (
@@ -150,32 +151,49 @@ class LowRankCompression(pl.Callback):
         self, trainer: pl.Trainer, model: nn.Module, batches: Sequence[Any], identity: str
     ) -> CompressionResult:
         root = Path(trainer.default_root_dir)
-        kept = load_compression(root / "compressed", model, identity)
-        if kept is not None:
+        text = _evaluation_hash(trainer)
+        kept = kept_record(root / "compressed", identity) or {}
+        same_text = "perplexity" in kept and kept.get("evaluation_hash") == text
+        # Before the factors are taken from disk, for they replace the dense model.
+        dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else _measure(trainer, model)
+        result = load_compression(root / "compressed", model, identity)
+        if result is None:
+            result = compress(model, batches, device=trainer.strategy.root_device, **self.settings())
+        else:
             trainer.print(f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
-            return kept
-        device = trainer.strategy.root_device
-        dense, first = _measure(trainer, model)
-        result = compress(model, batches, device=device, **self.settings())
+            result.record["from_cache"] = True  # its seconds are those of the run that computed it
+            if same_text:
+                return result
         compressed, second = _measure(trainer, model)
         result.record["perplexity"] = {"dense": dense, "compressed": compressed}
+        result.record["evaluation_hash"] = text
         result.record["seconds"]["evaluate"] = first + second
+        self._keep(trainer, model, result, root)
+        return result
+
+    def _keep(self, trainer: pl.Trainer, model: nn.Module, result: CompressionResult, root: Path) -> None:
+        """Write what was computed, so that a later run, or this one after an accident, need not compute it again."""
         if trainer.is_global_zero:
             save_compression(root / "compressed", model, result)
             try:
                 result.plan.save(root / "plan.json")
             except ExportError as error:  # not worth losing a compression for
                 warnings.warn(str(error), stacklevel=2)
-        return result
+
+
+def _evaluation_hash(trainer: pl.Trainer) -> str | None:
+    """Identity of the text that perplexities are measured on."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    has_text = hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and datamodule.has("test")
+    return data_hash([datamodule.evaluation("test")]) if has_text else None
 
 
 def _measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]:
     """Perplexity on the datamodule's test blocks and the seconds it took; None without any, or without next-token
     logits."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    has_text = hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and datamodule.has("test")
     head = getattr(model, "get_output_embeddings", None)
-    if not has_text or head is None or head() is None:
+    if _evaluation_hash(trainer) is None or head is None or head() is None:
         return None, 0.0
     started = time.perf_counter()
     value = perplexity(

@@ -87,6 +87,17 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
     return CompressionResult(plan, record)
 
 
+def kept_record(folder: Path, identity: str) -> dict[str, Any] | None:
+    """The record of a saved compression with the fingerprint ``identity``, or ``None`` where there is none."""
+    try:
+        if RankPlan.load(folder / _PLAN).fingerprint != identity:
+            return None
+        record: dict[str, Any] = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        return record
+    except (OSError, ValueError):  # load_compression says what is wrong with it
+        return None
+
+
 def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dict[str, Any]] | None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file

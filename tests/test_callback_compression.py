@@ -168,7 +168,7 @@ def test_a_second_run_takes_the_kept_compression(
     assert second is not None
     assert third is not None
     assert first.plan == second.plan
-    assert second.record == json.loads(json.dumps(first.record))
+    assert second.record == json.loads(json.dumps(first.record)) | {"from_cache": True}
     assert third.plan.fingerprint != first.plan.fingerprint
 
 

@@ -190,7 +190,7 @@ def test_without_a_step_there_is_no_recovery(folder: Path, text: Callable[..., T
     assert record["perplexity"]["compressed"] > record["perplexity"]["dense"] > 1
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     measured = perplexity(model, text().evaluation("test"))
-    # The compression is measured before its factors are rounded to bfloat16; measured difference: 2e-3.
+    # The compression is measured before its factors are rounded to bfloat16; measured difference: 2.9e-3.
     assert measured == pytest.approx(record["perplexity"]["compressed"], rel=0.02)
 
 

@@ -82,6 +82,18 @@ def test_a_second_run_takes_the_compression_from_the_first(run_folder: Path, cap
         assert after["perplexity"][key] == pytest.approx(before["perplexity"][key], rel=1e-6)  # measured 1e-8
 
 
+def test_another_evaluation_text_is_measured_anew(tmp_path: Path) -> None:
+    root = f"--trainer.default_root_dir={tmp_path}"
+    figures = []
+    for blocks in (4, 2, 2):
+        assert main(["compress", "quickstart", root, SMALL[2], f"--data.evaluation_blocks={blocks}"]) == 0
+        figures.append(json.loads((tmp_path / "record.json").read_text())["perplexity"])
+    assert f"{figures[1]['dense']:.4f}" != f"{figures[0]['dense']:.4f}"
+    assert figures[1]["dense"] < figures[1]["compressed"] != figures[0]["compressed"]
+    assert figures[2]["dense"] == figures[1]["dense"]  # taken from disk
+    assert "2 blocks" in figures[1]["protocol"]
+
+
 def test_another_run_does_not_replace_it(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = (run_folder / "record.json").read_text()
     arguments = [f"--trainer.default_root_dir={run_folder}", "--LowRankCompression.keep_ratio=0.7", *SMALL]
