@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -129,7 +131,7 @@ def test_more_rank_never_costs_more(rows: int, columns: int, tokens: int, seed: 
         outer, inner = spectrum.factors(weight, rank)
         errors.append(metric_error(weight, outer @ inner, inputs, 1e-4))
     slack = 1e-10 * (spectrum.loss(0) + 1e-300)
-    assert all(later <= earlier + slack for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier + slack for earlier, later in pairwise(errors))
 
 
 def test_errors_name_the_layer_and_the_setting() -> None:
