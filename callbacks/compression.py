@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.cache import kept_record, load_compression, save_compression
-from lowrank_lit.compress import MIN_RANK, CompressionResult, Settings, compress, fingerprint
+from lowrank_lit.compress import MIN_RANK, CompressionResult, Settings, compress, fingerprint, require_finite_weights
 from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.module import model_of
@@ -117,6 +117,7 @@ class LowRankCompression(pl.Callback):
 
     def _compress_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         batches = self._batches(trainer)
+        require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
         identity = fingerprint(model, batches, self._settings)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksFolder):

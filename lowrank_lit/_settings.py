@@ -111,8 +111,12 @@ def short(message: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with its white space made single spaces, cut at 300 characters."""
-    return _clip(" ".join(text.split()), 300)
+    """The text with its white space made single spaces, cut at 300 characters.
+
+    Of the parser's list of what went wrong with each form that a setting may have, the first: the recipes' form.
+    """
+    refused = re.search(r"Errors:\s*- (.*?)(?=\n\s*- |\n\s*Given value|\Z)", text, re.DOTALL)
+    return _clip(" ".join((refused.group(1) if refused else text).split()), 300)
 
 
 def _clip(text: str, length: int) -> str:

@@ -156,6 +156,17 @@ def compress(
     return CompressionResult(draft.plan, _record(model, draft, usable, settings, before))
 
 
+def require_finite_weights(model: nn.Module) -> None:
+    """Check every parameter of a model before anything is computed from them.
+
+    Raises:
+        NonFiniteError: Naming the first layer with a NaN or infinity.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            require_finite(parameter.detach(), f"the weight of layer '{name.removesuffix('.weight')}'")
+
+
 def plan_ranks(
     model: nn.Module, batches: Sequence[Any], *, device: torch.device | str | None = None, **settings: Any
 ) -> RankPlan:
@@ -195,8 +206,7 @@ def _draft(model: nn.Module, batches: Sequence[Batch], settings: Settings, devic
     found = find_targets(model, settings.targets)
     specs = [_spec(target, settings.min_rank) for target in found.values()]
     _check_floor(specs, settings.keep_ratio)
-    for name, target in found.items():
-        require_finite(dense_weight(target.module), f"the weight of layer '{name}'")
+    require_finite_weights(model)
     identity = fingerprint(model, batches, settings)
     started = time.perf_counter()
     calibration = calibrate(

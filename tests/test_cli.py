@@ -99,7 +99,7 @@ REFUSED = [
     (["--LowRankCompresion.keep_ratio=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
     (["--LowRankCompression.keep_ration=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
     (["--LowRankCompression.keep_ratio=much"], "LowRankCompression.keep_ratio='much' is refused: expected float"),
-    (["--LowRankCompression.keep_ratio=1.5"], "keep_ratio=1.5 is outside (0, 1]"),
+    (["--LowRankCompression.keep_ratio=1.5"], ".yaml: keep_ratio=1.5 is outside (0, 1]; it is the share of"),
     (["--LowRankCompression.targets=[*.nothing]"], "'*.nothing'"),
     (["--LowRankCompression.metric=inpt"], "metric='inpt' is unknown"),
     (["--data.sources.test=missing.txt"], "text file 'missing.txt' does not exist"),
