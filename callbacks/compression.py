@@ -152,11 +152,11 @@ class LowRankCompression(pl.Callback):
         self, trainer: pl.Trainer, model: nn.Module, batches: Sequence[Any], identity: str
     ) -> CompressionResult:
         root = Path(trainer.default_root_dir)
-        text = _evaluation_hash(trainer)
+        text = evaluation_hash(trainer)
         kept = kept_record(root / "compressed", identity) or {}
         same_text = "perplexity" in kept and kept.get("evaluation_hash") == text
         # Before the factors are taken from disk, for they replace the dense model.
-        dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else _measure(trainer, model)
+        dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else measure(trainer, model)
         result = load_compression(root / "compressed", model, identity)
         if result is None:
             result = compress(model, batches, device=trainer.strategy.root_device, **self.settings())
@@ -165,7 +165,7 @@ class LowRankCompression(pl.Callback):
             result.record["from_cache"] = True  # its seconds are those of the run that computed it
             if same_text:
                 return result
-        compressed, second = _measure(trainer, model)
+        compressed, second = measure(trainer, model)
         result.record["perplexity"] = {"dense": dense, "compressed": compressed}
         result.record["evaluation_hash"] = text
         result.record["seconds"]["evaluate"] = first + second
@@ -182,19 +182,19 @@ class LowRankCompression(pl.Callback):
                 warnings.warn(str(error), stacklevel=2)
 
 
-def _evaluation_hash(trainer: pl.Trainer) -> str | None:
+def evaluation_hash(trainer: pl.Trainer) -> str | None:
     """Identity of the text that perplexities are measured on."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     has_text = hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and datamodule.has("test")
     return data_hash([datamodule.evaluation("test")]) if has_text else None
 
 
-def _measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]:
+def measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]:
     """Perplexity on the datamodule's test blocks and the seconds it took; None without any, or without next-token
     logits."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     head = getattr(model, "get_output_embeddings", None)
-    if _evaluation_hash(trainer) is None or head is None or head() is None:
+    if evaluation_hash(trainer) is None or head is None or head() is None:
         return None, 0.0
     started = time.perf_counter()
     value = perplexity(

@@ -11,14 +11,14 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lowrank_lit.callbacks.compression import LowRankCompression
+from lowrank_lit.callbacks.compression import LowRankCompression, evaluation_hash, measure
 from lowrank_lit.callbacks.export import refuse_sharded
 from lowrank_lit.callbacks.recovery import RankPreservingLoRA
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import ExportError
-from lowrank_lit.evaluation import peak_memory_bytes, perplexity
+from lowrank_lit.evaluation import peak_memory_bytes
 from lowrank_lit.module import model_of
-from lowrank_lit.report import assemble, data_hash, plot_ranks, summary_table, write_record
+from lowrank_lit.report import assemble, plot_ranks, summary_table, write_record
 
 _SPLIT = "test"  # where LowRankCompression measures too; another one would compare perplexities of two texts
 
@@ -100,14 +100,7 @@ class RankReport(pl.Callback):
 
     def _recovered(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float | None, float]:
         """Perplexity after the fit, ``None`` without a step or a text, and the seconds that it took."""
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if trainer.global_step == 0 or not _has_text(datamodule):
-            return None, 0.0
-        started = time.perf_counter()
-        blocks = datamodule.evaluation(_SPLIT)
-        device = trainer.strategy.root_device
-        value = perplexity(model_of(pl_module), blocks, batch_size=datamodule.batch_size, device=device)
-        return value, time.perf_counter() - started
+        return (None, 0.0) if trainer.global_step == 0 else measure(trainer, model_of(pl_module))
 
     def _assemble(self, trainer: pl.Trainer, recovered: tuple[float | None, float] = (None, 0.0)) -> dict[str, Any]:
         result = _result(trainer)
@@ -131,7 +124,7 @@ class RankReport(pl.Callback):
             "fingerprint": result.plan.fingerprint,
             "data_hash": {
                 "calibration": before["calibration"]["hash"],
-                "evaluation": _evaluation_hash(trainer),
+                "evaluation": evaluation_hash(trainer),
             },
             "matrices": {
                 "targets": len(result.plan.matrices),
@@ -162,24 +155,15 @@ def _start_of(trainer: pl.Trainer, report: RankReport) -> float:
     return min([start for start in starts if start is not None], default=time.perf_counter())
 
 
-def _has_text(datamodule: Any) -> bool:
-    return hasattr(datamodule, "evaluation") and hasattr(datamodule, "has") and bool(datamodule.has(_SPLIT))
-
-
 def _protocol(trainer: pl.Trainer) -> str | None:
     """How perplexity is measured, in words."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    if not _has_text(datamodule):
+    if evaluation_hash(trainer) is None:
         return None
     count, length = datamodule.evaluation(_SPLIT).shape
     return (
         f"{_SPLIT} text, {count} blocks of {length} tokens from its start, {length - 1} targets each, no special tokens"
     )
-
-
-def _evaluation_hash(trainer: pl.Trainer) -> str | None:
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    return data_hash([datamodule.evaluation(_SPLIT)]) if _has_text(datamodule) else None
 
 
 def _config(trainer: pl.Trainer) -> dict[str, Any]:
