@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.cache import kept_record, load_compression, save_compression
-from lowrank_lit.compress import MIN_RANK, CompressionResult, Settings, compress, fingerprint, require_finite_weights
+from lowrank_lit.compress import CompressionResult, compress, fingerprint, require_finite_weights
 from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.report import data_hash
+from lowrank_lit.settings import DEFAULT_PRESET, MIN_RANK, Settings
 from lowrank_lit.surgery import count_parameters
 
 _OTHER_PLAN = (
@@ -47,12 +49,24 @@ class LowRankCompression(pl.Callback):
 
     Args:
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
-        metric: In which norm components are large: ``identity`` or ``input`` (SVD-LLM).
-        allocator: How the budget is shared out: ``unirank`` or ``uniform``.
+        preset: ``best``, ``fast`` or ``unirank``; it fills in what is left out of the next five.
+        metric: In which norm components are large, such as ``two_sided``, ``input`` (SVD-LLM), ``identity``.
+        allocator: How the budget is shared out, such as ``knapsack``, ``unirank``, ``uniform``.
+        feedback: What is learnt from the compressed model: ``none``, ``recollect`` or ``anchored``.
+        rounds: Rounds of statistics and allocation.
+        select: Whether candidate plans are measured on held-out calibration sequences.
+        storage: Form of a matrix that is not dense: ``factored`` or ``pivot``.
         targets: Shell patterns of layer names such as ``*.mlp.*``; by default every linear layer but the output
             embedding.
         min_rank: Least rank of a matrix.
-        damping: Relative damping of the second moments.
+        quantum: Ranks are multiples of this.
+        damping: Relative damping of the inputs' second moments.
+        shrinkage: The same for the gradients'.
+        alpha: Exponent of the metric ``activation_scale``.
+        labels: Whose labels gradients are of: ``model`` or ``text``.
+        importance_of: ``unirank``: importance of a matrix's ``branch`` or ``block``.
+        cost_aware: ``unirank``: score per parameter.
+        nested: Whether the saved model can be loaded at smaller keep ratios.
         batches: Calibration batches as :func:`lowrank_lit.compress` takes them; by default the datamodule's
             ``calibration_batches()``.
 
@@ -68,15 +82,46 @@ class LowRankCompression(pl.Callback):
         self,
         keep_ratio: float = 0.6,
         *,
-        metric: str = "input",
-        allocator: str = "unirank",
+        preset: str = DEFAULT_PRESET,
+        metric: str | None = None,
+        allocator: str | None = None,
+        feedback: str | None = None,
+        rounds: int | None = None,
+        select: bool | None = None,
+        storage: str = "factored",
         targets: list[str] | None = None,
         min_rank: int = MIN_RANK,
-        damping: float = 1e-4,
+        quantum: int = 1,
+        damping: float = DAMPING,
+        shrinkage: float = GRADIENT_SHRINKAGE,
+        alpha: float = SCALE_EXPONENT,
+        labels: str = "model",
+        importance_of: str = "branch",
+        cost_aware: bool = False,
+        nested: bool = False,
         batches: Sequence[Any] | None = None,
     ) -> None:
         super().__init__()
-        self._settings = Settings(keep_ratio, metric, allocator, targets, min_rank, damping)
+        self._settings = Settings(
+            keep_ratio,
+            preset=preset,
+            metric=metric,
+            allocator=allocator,
+            feedback=feedback,
+            rounds=rounds,
+            select=select,
+            storage=storage,
+            targets=targets,
+            min_rank=min_rank,
+            quantum=quantum,
+            damping=damping,
+            shrinkage=shrinkage,
+            alpha=alpha,
+            labels=labels,
+            importance_of=importance_of,
+            cost_aware=cost_aware,
+            nested=nested,
+        )
         self.batches = batches
         self.result: CompressionResult | None = None
         self.started: float | None = None

@@ -18,7 +18,7 @@ from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import ExportError
 from lowrank_lit.evaluation import peak_memory_bytes
 from lowrank_lit.module import model_of
-from lowrank_lit.report import assemble, plot_ranks, summary_table, write_record
+from lowrank_lit.report import assemble, plot_ranks, prediction, summary_table, write_record
 
 _SPLIT = "test"  # where LowRankCompression measures too; another one would compare perplexities of two texts
 
@@ -114,6 +114,7 @@ class RankReport(pl.Callback):
         trained = trainer.global_step > 0
         now = {
             "perplexity": {"recovered": value, "protocol": _protocol(trainer)},
+            "predicted": prediction(before.get("predicted"), before["perplexity"]),
             "seconds": {
                 "recover": self._recover if trained else None,
                 "evaluate": before["seconds"].get("evaluate", 0.0) + seconds,
@@ -128,7 +129,8 @@ class RankReport(pl.Callback):
             },
             "matrices": {
                 "targets": len(result.plan.matrices),
-                "factored": sum(matrix.form == "factored" for matrix in result.plan.matrices),
+                "factored": sum(matrix.form != "dense" for matrix in result.plan.matrices),
+                "pivot": sum(matrix.form == "pivot" for matrix in result.plan.matrices),
             },
             "recovery": None if merged is None else {**merged.to_dict(), "steps": trainer.global_step},
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
@@ -185,11 +187,11 @@ def _show(table: Any, folder: Path) -> None:
 
 def _log(trainer: pl.Trainer, record: dict[str, Any]) -> None:
     """The scalar figures under ``lowrank/...`` in every logger."""
-    sections = ("keep_ratio", "parameters", "bytes", "perplexity", "seconds")
+    sections = ("keep_ratio", "parameters", "bytes", "perplexity", "predicted", "seconds")
     figures = {
         f"lowrank/{section}/{key}": float(value)
         for section in sections
-        for key, value in record[section].items()
+        for key, value in (record.get(section) or {}).items()
         if isinstance(value, (int, float))
     }
     for logger in trainer.loggers:

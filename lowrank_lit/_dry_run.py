@@ -15,8 +15,9 @@ from lowrank_lit._settings import callback_entry
 from lowrank_lit._tables import gibibytes, table
 from lowrank_lit.errors import ModelError, RecipeError
 from lowrank_lit.estimate import PLACES, STAGES, Item, RunShape, estimate, kept_parameters, measure, totals
-from lowrank_lit.metrics import moments_of
+from lowrank_lit.settings import Settings
 
+_TWO_SIDED = ("two_sided", "fisher_two_sided")  # their spectra hold the inner vectors too
 # Public configurations that travel with the package, for models too large to fetch only to count their parameters.
 _CARRIED_CONFIGS = {"huggyllama/llama-7b": "llama-7b.json"}
 
@@ -53,8 +54,8 @@ def dry_run_report(cli: RecipeCLI, settings: dict[str, Any], recipe: Path, confi
     config, origin = _config(cli.model.source, config_json)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    options = compression_callback(cli, recipe).settings()
-    size = measure(model, options.get("targets"))
+    options = Settings(**compression_callback(cli, recipe).settings())  # what a preset stands for is filled in
+    size = measure(model, options.targets)
     shape = _shape(cli, settings, options, config)
     kept = kept_parameters(size, shape.keep_ratio)
     device = cli.trainer.strategy.root_device
@@ -66,6 +67,12 @@ def dry_run_report(cli: RecipeCLI, settings: dict[str, Any], recipe: Path, confi
         f"keep_ratio={shape.keep_ratio}: {int(shape.keep_ratio * size.target_parameters):,}",
         f"Counted for: weights of {shape.weight_bytes} bytes in memory and {shape.storage_bytes} on disk, batches of "
         f"{shape.batch_size} x {shape.block_size} tokens, {shape.calibration_tokens:,} calibration tokens, one process",
+        f"Compression: metric {options.metric}, allocator {options.allocator}, feedback {options.feedback}; "
+        + (
+            "calibration takes forward and backward passes of the whole model on the device"
+            if shape.backward
+            else "calibration takes forward passes, one block at a time on the device"
+        ),
         "",
         _items_table(estimate(size, shape)),
         "",
@@ -88,12 +95,12 @@ def _items_table(items: Sequence[Item]) -> str:
     return table(rows)
 
 
-def _shape(cli: RecipeCLI, settings: dict[str, Any], options: dict[str, Any], config: Any) -> RunShape:
+def _shape(cli: RecipeCLI, settings: dict[str, Any], options: Settings, config: Any) -> RunShape:
     recovery = callback_entry(settings, "RankPreservingLoRA")
     data = cli.datamodule
     stored = config.dtype or cli.model.dtype_in_memory
     return RunShape(
-        keep_ratio=float(options["keep_ratio"]),
+        keep_ratio=options.keep_ratio,
         weight_bytes=cli.model.dtype_in_memory.itemsize,
         storage_bytes=stored.itemsize,
         batch_size=data.batch_size,
@@ -101,7 +108,11 @@ def _shape(cli: RecipeCLI, settings: dict[str, Any], options: dict[str, Any], co
         calibration_tokens=data.calibration_blocks * data.block_size,
         adapter_rank=None if recovery is None else int((recovery.get("init_args") or {}).get("rank", 8)),
         trained=cli.trainer.max_steps != 0,
-        moments=bool(moments_of(options["metric"])),
+        moments=options.moments,
+        components=str(options.metric) in _TWO_SIDED,
+        measured=bool(options.select),
+        rounds=int(options.rounds or 1),
+        refitted=options.feedback == "anchored",
     )
 
 

@@ -12,11 +12,15 @@ from typing import Any
 import torch
 
 from lowrank_lit._dry_run import compression_callback, dry_run_report
+from lowrank_lit._prediction import predicted_plan, show_prediction
 from lowrank_lit._scripts import clash
 from lowrank_lit._session import RecipeCLI, build
 from lowrank_lit._settings import Override, callback_entry, callback_help, drop_callback, read_settings
+from lowrank_lit._sweep import grid_of, sweep_recipe
 from lowrank_lit._tables import gibibytes, table
 from lowrank_lit.errors import ExportError, RecipeError
+from lowrank_lit.plan import RankPlan
+from lowrank_lit.settings import Settings
 
 
 def run(recipe: Path | None, overrides: Sequence[Override], flags: Sequence[str]) -> int:
@@ -119,26 +123,50 @@ def plan(
     if dry_run:
         print(dry_run_report(cli, settings, recipe, config_json))
         return 0
-    from lowrank_lit.compress import plan_ranks
-
     compression = compression_callback(cli, recipe)
     cli.datamodule.prepare_data()
     batches = cli.datamodule.calibration_batches()
     cli.model.configure_model()
-    result = plan_ranks(cli.model.model, batches, device=cli.trainer.strategy.root_device, **compression.settings())
+    planned = predicted_plan(
+        cli.model.model, batches, Settings(**compression.settings()), device=cli.trainer.strategy.root_device
+    )
+    _print_plan(planned.plan)
+    target = Path(path) if path else Path(cli.trainer.default_root_dir) / "plan.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    planned.plan.save(target)
+    print(f"Written: {', '.join(map(str, (target, *show_prediction(planned, target.parent))))}")
+    return 0
+
+
+def _print_plan(plan: RankPlan) -> None:
     rows = [["matrix", "shape", "form", "rank", "kept", "energy"]]
-    for matrix in result.matrices:
+    for matrix in plan.matrices:
         energy = "" if matrix.kept_energy is None else f"{matrix.kept_energy:.4f}"
         share = f"{matrix.parameters / matrix.dense_parameters:.3f}"
         rows.append([matrix.name, f"{matrix.rows} x {matrix.columns}", matrix.form, str(matrix.rank), share, energy])
     print(table(rows))
-    kept = f"{result.parameters:,} kept ({result.keep_ratio:.4f})"
-    print(f"Target matrices: {result.dense_parameters:,} parameters, {kept}.")
-    target = Path(path) if path else Path(cli.trainer.default_root_dir) / "plan.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    result.save(target)
-    print(f"Written: {target}")
-    return 0
+    kept = f"{plan.parameters:,} kept ({plan.keep_ratio:.4f})"
+    print(f"Target matrices: {plan.dense_parameters:,} parameters, {kept}.")
+
+
+def sweep(
+    recipe: Path,
+    overrides: Sequence[Override],
+    flags: Sequence[str],
+    *,
+    seeds: int,
+    split: str,
+    path: str | None = None,
+    **axes: list[str] | None,
+) -> int:
+    """Perplexity over a grid of settings, from one calibration pass per draw."""
+    if seeds < 1:
+        raise RecipeError(f"option '--seeds': {seeds} is too small; give the number of draws, 1 or more")
+    grid = grid_of(**axes)  # an unknown name is refused before anything is loaded
+    settings = read_settings(recipe, overrides)
+    cli = build(recipe, settings, flags)
+    folder = Path(path) if path else Path(cli.trainer.default_root_dir) / "sweep"
+    return sweep_recipe(cli, recipe, grid, seeds=seeds, split=split, folder=folder)
 
 
 def doctor() -> int:
@@ -216,4 +244,5 @@ STAGES: dict[str, Callable[..., int]] = {
     "evaluate": evaluate,
     "export": export,
     "plan": plan,
+    "sweep": sweep,
 }

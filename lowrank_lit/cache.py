@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.surgery import apply_plan, bias_of
 
@@ -82,8 +82,8 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
     with torch.no_grad():
         for name, layer in _layers(model, plan):
             layer.requires_grad_(name not in frozen)
-            for key, parameter in layer.named_parameters():
-                parameter.copy_(tensors[f"{name}.{key}"])
+            for key, value in layer.state_dict().items():
+                value.copy_(tensors[f"{name}.{key}"])
     return CompressionResult(plan, record)
 
 
@@ -117,17 +117,16 @@ def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dic
 
 
 def _shapes(model: nn.Module, plan: RankPlan) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the factors and biases that ``plan`` gives the dense ``model``."""
+    """Names and shapes of what ``plan`` stores for the matrices of the dense ``model`` that it factors."""
     shapes: dict[str, tuple[int, ...]] = {}
     for matrix in plan.matrices:
-        if matrix.form == "factored":
-            shapes[f"{matrix.name}.outer.weight"] = (matrix.rows, matrix.rank)
-            shapes[f"{matrix.name}.inner.weight"] = (matrix.rank, matrix.columns)
-            if bias_of(model.get_submodule(matrix.name)) is not None:
-                shapes[f"{matrix.name}.outer.bias"] = (matrix.rows,)
+        if matrix.form != "dense":
+            bias = bias_of(model.get_submodule(matrix.name)) is not None
+            layer = LAYER_OF_FORM[matrix.form].empty(matrix.columns, matrix.rows, matrix.rank, bias=bias, device="meta")
+            shapes |= {f"{matrix.name}.{key}": tuple(value.shape) for key, value in layer.state_dict().items()}
     return shapes
 
 
-def _layers(model: nn.Module, plan: RankPlan) -> list[tuple[str, FactoredLinear]]:
-    layers = [(matrix.name, model.get_submodule(matrix.name)) for matrix in plan.matrices if matrix.form == "factored"]
-    return [(name, layer) for name, layer in layers if isinstance(layer, FactoredLinear)]
+def _layers(model: nn.Module, plan: RankPlan) -> list[tuple[str, FactoredLayer]]:
+    layers = [(matrix.name, model.get_submodule(matrix.name)) for matrix in plan.matrices if matrix.form != "dense"]
+    return [(name, layer) for name, layer in layers if isinstance(layer, FactoredLayer)]

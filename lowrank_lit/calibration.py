@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,26 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit.errors import DataError
+from lowrank_lit.gradients import (
+    GradientCollector,
+    Loss,
+    SampledTokenLoss,
+    WeightOf,
+    frozen,
+    next_token_loss,
+    require_next_token_model,
+)
 from lowrank_lit.residual import BlockCosine, ResidualWatcher, find_repeating_blocks, resolve_importance
-from lowrank_lit.statistics import LayerStatistics, MomentSum
+from lowrank_lit.statistics import (
+    BACKWARD_MOMENTS,
+    FORWARD_MOMENTS,
+    InputSums,
+    LayerStatistics,
+    check_moments,
+    full_float32,
+    real_tokens,
+)
 from lowrank_lit.streaming import POSITIONAL, Batch, Block, BlockCalls, capture_calls, moved, run_model, to_device
-
-WeightOf = Callable[[nn.Module], Tensor]
 
 
 @dataclass(frozen=True)
@@ -93,29 +108,52 @@ def calibrate(
     moments: frozenset[str],
     importance: bool,
     device: torch.device | str | None = None,
+    loss: Loss | None = None,
 ) -> Calibration:
-    """Collect statistics of ``layers`` over ``batches``.
+    """Collect statistics of ``layers`` over ``batches``, in one pass, whatever is asked for.
 
-    The model is left as it was found: mode, device, hooks, and the parameters themselves.
+    The model is left as it was found: mode, device, hooks, and the parameters themselves, gradients included.
+
+    ===================  ======================================================================  ==========
+    moment               what of :class:`~lowrank_lit.statistics.LayerStatistics` it gives       needs
+    ===================  ======================================================================  ==========
+    ``input``            second moment of the inputs, on the smaller side of the matrix          activations
+    ``input_full``       second moment of the inputs                                             activations
+    ``magnitude``        mean magnitude of each input channel                                    activations
+    ``gradient``         second moment of the output gradients, on the smaller side              gradients
+    ``fisher``           row and column sums of the squared gradient of the weight               gradients
+    ``weight_gradient``  mean gradient of the weight                                             gradients
+    ===================  ======================================================================  ==========
+
+    What needs gradients takes one forward and one backward of the whole model on its device; weights get no gradient.
 
     Args:
         model: Called with each batch as keyword arguments.
         batches: See :func:`as_batches`.
         layers: Layers to collect from, by name; each maps ``(..., columns)`` to ``(..., rows)``.
-        weight_of: Gives a layer's weight as ``(rows, columns)``.
-        moments: What to collect: nothing, or ``{"input"}``.
+        weight_of: Gives the weight ``W`` ``(rows, columns)`` to form ``W R W^T`` and ``W^T C W`` with, which may be
+            another than the layer computes with at present; called where one of the two is collected.
+        moments: What to collect; may be empty.
         importance: Whether to measure the importance of the layers' sub-blocks.
         device: Where to compute; ``None`` is where the model is.
+        loss: Where gradients are needed: the loss summed over target tokens, in nats. ``None`` is
+            :func:`~lowrank_lit.gradients.next_token_loss`.
 
     Raises:
-        NonFiniteError: If activations are NaN or infinite; names the layer.
+        LowRankError: If a moment is unknown.
+        NonFiniteError: If activations or gradients are NaN or infinite; names the layer.
         DataError: If no token reaches some layer.
+        GradientError: If there is no next-token loss to differentiate, or its gradients vanish.
     """
+    check_moments(moments)
     if not moments and not importance:
         return Calibration()
-    collector = _Collector(layers, weight_of, collect="input" in moments, watch=importance)
+    collector = _Collector(layers, weight_of, moments, watch=importance)
     blocks = find_repeating_blocks(model)
     with _frozen_eval(model):
+        if moments & BACKWARD_MOMENTS:
+            _run_whole(model, batches, collector, blocks, device, _checked_loss(loss, model, batches, device))
+            return collector.finish("whole")
         calls = capture_calls(model, blocks, batches) if _each_in_one_block(layers, blocks) else None
         if calls is None:
             _run_whole(model, batches, collector, blocks, device)
@@ -124,22 +162,35 @@ def calibrate(
     return collector.finish("whole" if calls is None else "blocks")
 
 
+def _checked_loss(
+    loss: Loss | None, model: nn.Module, batches: Sequence[Batch], device: torch.device | str | None
+) -> Loss:
+    """The loss; where it is one of ours, after a check that the model predicts next tokens."""
+    if loss is None or loss is next_token_loss or isinstance(loss, SampledTokenLoss):
+        with moved(model, device) as place:
+            require_next_token_model(model, to_device(dict(batches[0]), place))
+    return loss or next_token_loss
+
+
 class _Collector:
     """Owns the hooks and sums of one calibration."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], weight_of: WeightOf, *, collect: bool, watch: bool) -> None:
+    def __init__(
+        self, layers: Mapping[str, nn.Module], weight_of: WeightOf, moments: frozenset[str], *, watch: bool
+    ) -> None:
         self.layers = layers
         self.weight_of = weight_of
-        self.collect = collect
+        self.moments = moments & FORWARD_MOMENTS
+        self.gradients = GradientCollector(moments, weight_of) if moments & BACKWARD_MOMENTS else None
         self.watcher = (
             ResidualWatcher({name: list(layer.parameters()) for name, layer in layers.items()}) if watch else None
         )
         self.cosines: BlockCosine | None = None
         self.mask: Tensor | None = None
         self.tokens = 0
-        self._sums: dict[str, MomentSum] = {}
+        self._in_forward = False
+        self._sums: dict[str, InputSums] = {}
         self._results: dict[str, LayerStatistics] = {}
-        self._energy: dict[str, float] = {}
         # Layers fed the same tensor share one sum; the first of them that is called owns it.
         self._owner: dict[str, str] = {}
         self._last: tuple[Tensor, str] | None = None
@@ -151,33 +202,40 @@ class _Collector:
     @contextmanager
     def on(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
         """Hooks on ``layers`` for the time of the context; their sums are turned into statistics at its end."""
-        handles = []
-        try:
-            if self.collect:
-                handles = [layer.register_forward_pre_hook(self._hook(name)) for name, layer in layers.items()]
+        with ExitStack() as hooks:
+            for name, layer in layers.items() if self.moments else ():
+                hooks.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+            if self.gradients is not None:  # after the inputs' hooks, which are to see what the model hands over
+                hooks.enter_context(self.gradients.on(layers))
             yield
             self._close(layers)
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def batch(self, batch: Batch, device: torch.device | None) -> Iterator[None]:
-        """The context of one forward."""
+        """The context of one forward; a backward comes after it."""
         mask = batch.get("attention_mask")
-        self.mask = None if mask is None or mask.ndim != 2 else mask.bool().to(device)
-        with ExitStack() as stack:
-            if self.watcher is not None:
-                stack.enter_context(self.watcher.batch(self.mask))
-            yield
-        self._last = None
+        padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
+        self.mask = mask.bool().to(device) if mask is not None and padded else None
+        self._in_forward = True
+        try:
+            with ExitStack() as stack:
+                if self.gradients is not None:
+                    stack.enter_context(self.gradients.batch(batch, self.mask))
+                for watcher in (self.watcher, self.cosines):
+                    if watcher is not None:
+                        stack.enter_context(watcher.batch(self.mask))
+                yield
+        finally:
+            self._in_forward = False
+            self._last = None
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            # The watcher follows the model's own operations; those of the statistics are none of its business.
-            with torch._C.DisableTorchFunction():
-                self._add(name, layer, args[0])
+            # Gradient checkpointing runs forwards again in the backward, whose inputs have been counted. And the
+            # watcher follows the model's own operations; those of the statistics are none of its business.
+            if self._in_forward:
+                with torch._C.DisableTorchFunction(), torch.no_grad(), full_float32():
+                    self._add(name, layer, args[0])
 
         return hook
 
@@ -191,43 +249,35 @@ class _Collector:
                     "leave it out of targets"
                 )
             return
-        rows, columns = self.weight_of(layer).shape
-        tokens = self._real_tokens(x)
-        total = self._sums.setdefault(name, MomentSum(min(rows, columns), x.device))
-        if columns <= rows:
-            total.add(tokens)
+        if name not in self._sums:
+            self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
+        sums = self._sums[name]
+        sums.add(real_tokens(x, self.mask), lambda: self.weight_of(layer).detach())
+        if sums.outputs is None:  # a moment of the outputs is the layer's own
             self._last = (x, name)
-            return
-        # The weight is applied here, in float32 or wider: a half-precision layer's own output is rounded.
-        wide = tokens if tokens.dtype == torch.float64 else tokens.float()
-        self._energy[name] = self._energy.get(name, 0.0) + float(wide.double().square().sum())
-        total.add(wide @ self.weight_of(layer).to(wide.dtype).mT)
-
-    def _real_tokens(self, x: Tensor) -> Tensor:
-        """Activations ``(..., d)`` as ``(tokens, d)``, padding left out."""
-        flat = x.detach().reshape(-1, x.shape[-1])
-        if self.mask is not None and self.mask.numel() == len(flat):
-            flat = flat[self.mask.reshape(-1)]
-        return flat
 
     def _close(self, layers: Mapping[str, nn.Module]) -> None:
         """Turn the sums of ``layers`` into statistics and let the sums go."""
-        own = {name: self._statistics(name, total) for name, total in self._sums.items()}
-        for name in layers if self.collect else ():
-            statistics = own.get(self._owner.get(name, ""))
-            if statistics is None or statistics.tokens == 0:
+        own = {name: LayerStatistics(sums.tokens, **sums.means()) for name, sums in self._sums.items()}
+        self._sums.clear()
+        gradients = {} if self.gradients is None else self.gradients.sums
+        for name in layers if self.moments or self.gradients is not None else ():
+            if self.moments:
+                statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
+            else:
+                statistics = LayerStatistics(gradients[name].tokens if name in gradients else 0)
+            if statistics.tokens == 0:
                 raise DataError(
                     f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it"
                 )
             statistics.check(name)
             self._results[name] = statistics
-        self._sums.clear()
-
-    def _statistics(self, name: str, total: MomentSum) -> LayerStatistics:
-        moment = total.mean().cpu()  # the device holds the sums of one block at a time
-        if name in self._energy:
-            return LayerStatistics(total.tokens, None, moment, self._energy[name] / max(1, total.tokens))
-        return LayerStatistics(total.tokens, moment, None, float(moment.trace()))
+        # After all inputs: a NaN in one layer's outputs is one in every layer's gradients.
+        for name, sums in gradients.items():
+            self._results[name] = replace(self._results[name], **sums.means())
+            self._results[name].check(name)
+        if self.gradients is not None:
+            self.gradients.check_gradients()
 
     def finish(self, mode: str) -> Calibration:
         notes: tuple[str, ...] = ()
@@ -263,17 +313,24 @@ def _run_whole(
     collector: _Collector,
     blocks: Sequence[Block],
     device: torch.device | str | None,
+    loss: Loss | None = None,
 ) -> None:
+    """One forward per batch, and one backward where there is a loss."""
     if collector.watcher is not None and blocks:
         collector.cosines = BlockCosine(dict(blocks))
     with moved(model, device) as place, collector.on(collector.layers):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None, leave=False):
             collector.count(batch)
             inputs = to_device(dict(batch), place)
-            with collector.batch(inputs, place), ExitStack() as stack:
-                if collector.cosines is not None:
-                    stack.enter_context(collector.cosines.batch(collector.mask))
-                run_model(model, inputs)
+            if loss is None or collector.gradients is None:
+                with collector.batch(inputs, place):
+                    run_model(model, inputs)
+            else:
+                with frozen(model):
+                    with collector.batch(inputs, place):
+                        value = loss(model, inputs)
+                    collector.gradients.check_loss(value)
+                    value.backward()  # type: ignore[no-untyped-call]
 
 
 def _run_blocks(
@@ -293,9 +350,7 @@ def _run_blocks(
         inside = {name: layer for name, layer in collector.layers.items() if id(layer) in members}
         with moved(block, device) as place, collector.on(inside):
             for call, batch in zip(calls, batches, strict=True):
-                with collector.batch(batch, place), ExitStack() as stack:
-                    if collector.cosines is not None:
-                        stack.enter_context(collector.cosines.batch(collector.mask))
+                with collector.batch(batch, place):
                     call.step(block, index, place)
 
 

@@ -25,13 +25,20 @@ Low-rank compression of language models with PyTorch Lightning.
   compress  the recipe without recovery
   evaluate  perplexity of the dense and of the exported model
   export    a Lightning checkpoint as a Hugging Face folder
-  plan      ranks of every matrix; with --dry-run counts, memory and disk from the configuration alone
+  plan      ranks of every matrix and the predicted loss; with --dry-run counts, memory and disk from the configuration
+  sweep     perplexity over metrics, allocators, keep ratios and presets, from one calibration pass per draw
   doctor    versions, device and who answers to `lightning`
 
 RECIPE is a path or one of: {recipes}
 Every setting of a recipe is an option: --trainer.max_steps=20 --LowRankCompression.keep_ratio=0.8
 `lowrank-lit run --help` lists them; `lowrank-lit COMMAND --help` explains a command. --debug shows tracebacks.
 `lightning run RECIPE` is the same as `lowrank-lit run RECIPE`."""
+
+
+def _axis(default: str, remark: str = "") -> dict[str, Any]:
+    text = f"one or several, separated by commas or the option repeated{remark and f'; {remark}'} (default: {default})"
+    return {"action": "append", "metavar": "NAMES", "help": text}
+
 
 _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "run": ("Runs a recipe.", {}),
@@ -53,7 +60,8 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         },
     ),
     "plan": (
-        "Calibrates and allocates, prints the rank of every matrix and writes plan.json; the model stays as it is.",
+        "Calibrates and allocates, prints the rank of every matrix and the predicted loss against the keep ratio, and "
+        "writes plan.json, prediction.json and prediction.png; the model stays as it is.",
         {
             "--dry-run": {
                 "action": "store_true",
@@ -61,6 +69,34 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             },
             "--config_json": {"help": "with --dry-run: the model's config.json, where it is not on this machine"},
             "--path": {"help": "file to write (default: plan.json in trainer.default_root_dir)"},
+        },
+    ),
+    "sweep": (
+        "Measures one-shot compression over a grid: every metric with every allocator, feedback and storage in closed "
+        "form, and whole presets, at every keep ratio. One calibration pass per draw of the calibration text serves "
+        "all cells. Perplexities are measured with the truncated weights in the dense model's layers. Each finished "
+        "cell is kept in cells.jsonl at once: a second run of the same command, or of a larger grid, measures what is "
+        "missing. Writes sweep.csv, sweep.md and sweep.png. Targets, rank floor, damping and the like are the "
+        "recipe's. The exit code is 1 if a cell failed.",
+        {
+            "--metric": _axis("input,two_sided"),
+            "--allocator": _axis("uniform,unirank,knapsack"),
+            "--keep-ratio --keep_ratio": _axis("0.8,0.6,0.4"),
+            "--feedback": _axis("none"),
+            "--storage": _axis("factored", "also of presets"),
+            "--preset": _axis("best; none where a metric, allocator or feedback is named"),
+            "--seeds": {
+                "type": int,
+                "default": 3,
+                "metavar": "N",
+                "help": "draws of the calibration text: the recipe's own, and N - 1 at random (default: 3)",
+            },
+            "--split": {
+                "choices": ("test", "validation"),
+                "default": "test",
+                "help": "text to measure on: test to report, validation to choose settings by (default: test)",
+            },
+            "--path": {"help": "folder to write (default: sweep in trainer.default_root_dir)"},
         },
     ),
 }
@@ -190,7 +226,7 @@ def _recipe_command(name: str, arguments: list[str]) -> int:
         add_help=name != "run",  # the settings of a run are explained by the parser that reads them
     )
     for option, keywords in options.items():
-        parser.add_argument(option, **keywords)
+        parser.add_argument(*option.split(), **keywords)
     recipe = arguments[0] if arguments and not arguments[0].startswith("-") else None
     known, rest = parser.parse_known_args(arguments[1:] if recipe else arguments)
     if recipe is None and not (name == "run" and set(rest) & {"-h", "--help"}):

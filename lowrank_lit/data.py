@@ -289,16 +289,21 @@ class TextDataModule(pl.LightningDataModule):
             self._blocks[split] = blocks
         return self._blocks[split]
 
-    def calibration_batches(self) -> list[dict[str, Tensor]]:
-        """Batches ``{"input_ids"}`` of LongTensor ``(batch_size, block_size)`` to collect statistics on."""
+    def calibration_batches(self, seed: int | None = None) -> list[dict[str, Tensor]]:
+        """Batches ``{"input_ids"}`` of LongTensor ``(batch_size, block_size)`` to collect statistics on.
+
+        Args:
+            seed: In place of ``calibration_seed``, to see how much a result depends on the draw.
+        """
+        seed = self.calibration_seed if seed is None else seed
         if "calibration" in self.sources:
             blocks = self.blocks("calibration")
         else:
             train = self.blocks("train")
             start = min(_CALIBRATION_START // self.block_size, max(0, len(train) - self.calibration_blocks))
-            blocks = train[start:] if self.calibration_seed == 0 else train
-        if self.calibration_seed != 0:
-            order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(self.calibration_seed))
+            blocks = train[start:] if seed == 0 else train
+        if seed != 0:
+            order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))
             blocks = blocks[order]
         return [{"input_ids": batch} for batch in torch.split(blocks[: self.calibration_blocks], self.batch_size)]
 

@@ -20,6 +20,13 @@ class ModelError(LowRankError):
     """A model that does not fit the request: no matching layer, a tied weight, an unsupported layer."""
 
 
+class GradientError(LowRankError):
+    """Statistics of gradients that cannot be had: no next-token loss, no gradient, or gradients that vanish.
+
+    What needs only activations still works, so a caller may go on with the metric ``input``.
+    """
+
+
 class NonFiniteError(LowRankError):
     """A NaN or infinity in a weight, an activation, a statistic or a factor; the message names the layer."""
 

@@ -14,12 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lowrank_lit.refit import HELD_OUT
 from lowrank_lit.residual import find_repeating_blocks
+from lowrank_lit.statistics import BACKWARD_MOMENTS
 from lowrank_lit.surgery import count_parameters, find_targets
 
 Place = Literal["device", "host", "disk"]
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
-STAGES = ("calibrate", "factor", "recover", "evaluate", "export")
+STAGES = ("calibrate", "feedback", "factor", "recover", "evaluate", "export")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ class RunShape:
         calibration_tokens: Tokens that statistics are collected on.
         adapter_rank: Rank of the LoRA on the factors; ``None`` trains every parameter.
         trained: Whether there is a recovery at all.
-        moments: Whether the metric needs second moments.
+        moments: What calibration collects; names as in :func:`lowrank_lit.calibration.calibrate`.
+        components: Whether both vectors of each component wait for the ranks, as in the two-sided metrics.
+        measured: Whether candidate plans are measured on held-out calibration sequences.
+        rounds: Rounds of statistics, of which those after the first are of the compressed model.
+        refitted: Whether every block is fitted to the dense one's outputs.
     """
 
     keep_ratio: float
@@ -81,7 +87,16 @@ class RunShape:
     calibration_tokens: int
     adapter_rank: int | None = 8
     trained: bool = True
-    moments: bool = True
+    moments: frozenset[str] = frozenset({"input"})
+    components: bool = False
+    measured: bool = False
+    rounds: int = 1
+    refitted: bool = False
+
+    @property
+    def backward(self) -> bool:
+        """Whether calibration takes a backward pass, for which the whole model is on the device."""
+        return bool(self.moments & BACKWARD_MOMENTS)
 
     @property
     def tokens(self) -> int:
@@ -203,11 +218,40 @@ def moment_bytes(size: ModelSize) -> int:
     return sum(8 * side * side for side in size.moments)
 
 
-def vector_bytes(size: ModelSize) -> int:
-    """Bytes of the left singular vectors of all targets, which wait in float32 for the ranks: the sum of ``4 m min(m,
-    n)``.
+def statistics_bytes(size: ModelSize, moments: frozenset[str]) -> int:
+    """Bytes of all statistics in float64, per moment: ``input`` as :func:`moment_bytes`; ``input_full`` ``8 n^2`` and
+    ``magnitude`` ``8 n`` of every distinct input; ``gradient`` ``8 min(m, n)^2``, ``fisher`` ``8 (m + n)`` and
+    ``weight_gradient`` ``8 m n`` of every target, for no two share an output.
     """
-    return sum(4 * rows * min(rows, columns) for rows, columns in size.matrices)
+    per_matrix = {
+        "gradient": sum(8 * min(rows, columns) ** 2 for rows, columns in size.matrices),
+        "fisher": sum(8 * (rows + columns) for rows, columns in size.matrices),
+        "weight_gradient": 8 * size.target_parameters,
+        "input_full": sum(8 * side * side for side in size.inputs),
+        "magnitude": sum(8 * side for side in size.inputs),
+    }
+    shared = moment_bytes(size) if "input" in moments and "input_full" not in moments else 0
+    return shared + sum(count for name, count in per_matrix.items() if name in moments)
+
+
+def backward_bytes(size: ModelSize, run: RunShape) -> int:
+    """Bytes of activations kept for the backward pass of one calibration batch, the logits left out.
+
+    No weight is trained, so a linear layer keeps no input. Per token, and without gradient checkpointing: the outputs
+    of the target matrices, which the next operation keeps, and as many again of the widest (the activation function's
+    result); of every block, its two normalised hidden states in float32. The moments ``fisher`` and ``weight_gradient``
+    keep the inputs too. An attention that keeps its scores (``eager``) needs more.
+    """
+    outputs = sum(rows for rows, _ in size.matrices) + size.blocks * max(rows for rows, _ in size.matrices)
+    inputs = sum(size.inputs) if run.moments & {"fisher", "weight_gradient"} else 0
+    return run.tokens * (run.weight_bytes * (outputs + inputs) + 2 * 4 * size.hidden * size.blocks)
+
+
+def vector_bytes(size: ModelSize, *, components: bool = False) -> int:
+    """Bytes of the singular vectors of all targets, which wait in float32 for the ranks: the sum of ``4 m min(m, n)``
+    for the left ones alone, of ``4 (m + n) min(m, n)`` for both (``components``).
+    """
+    return sum(4 * (rows + components * columns) * min(rows, columns) for rows, columns in size.matrices)
 
 
 def workspace_bytes(size: ModelSize) -> int:
@@ -225,33 +269,24 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
     """
     kept = kept_parameters(size, run.keep_ratio)
     dense, small = size.parameters * run.weight_bytes, kept * run.weight_bytes
-    moments = moment_bytes(size) if run.moments else 0
+    statistics = statistics_bytes(size, run.moments)
     items = [
-        Item("calibrate", "host", "weights of the dense model", dense),
-        Item(
-            "calibrate",
-            "host",
-            "hidden states of the calibration text",
-            run.calibration_tokens * size.hidden * run.weight_bytes,
-        ),
-        Item("calibrate", "device", "weights of one block", size.block * run.weight_bytes),
-        Item("calibrate", "device", "second moments of one block, float64", moments // max(1, size.blocks)),
-        Item("calibrate", "host", "second moments of all target matrices, float64", moments),
-        Item(
-            "calibrate",
-            "device",
-            "activations of one batch in one block",
-            run.tokens * _block_width(size) * run.weight_bytes,
-        ),
+        *_calibration(size, run),
+        *_feedback(size, run),
         Item("factor", "host", "weights of the dense model", dense),
-        Item("factor", "host", "left singular vectors of all target matrices, float32", vector_bytes(size)),
+        Item(
+            "factor",
+            "host",
+            "singular vectors of all target matrices, float32",
+            vector_bytes(size, components=run.components),
+        ),
         Item(
             "factor",
             "host",
             "factors, until they replace the matrices",
             (kept - size.parameters + size.target_parameters) * run.weight_bytes,
         ),
-        Item("factor", "host", "second moments of all target matrices, float64", moments),
+        Item("factor", "host", "statistics of all target matrices, float64", statistics),
         Item("factor", "device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
         Item(
             "factor",
@@ -275,6 +310,60 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
         Item("export", "disk", "compressed model", kept * run.storage_bytes),
     ]
     return [item for item in items if item.bytes]
+
+
+def _calibration(size: ModelSize, run: RunShape) -> list[Item]:
+    statistics = statistics_bytes(size, run.moments)
+    weights = size.parameters * run.weight_bytes
+    kept = "statistics of all target matrices, float64"
+    if run.backward:
+        return [
+            Item("calibrate", "host", kept, statistics),
+            Item("calibrate", "device", "weights of the whole model, for the backward pass", weights),
+            Item("calibrate", "device", kept, statistics),
+            Item("calibrate", "device", "activations of one batch, for the backward pass", backward_bytes(size, run)),
+            Item(
+                "calibrate",
+                "device",
+                "logits of one batch, their log-softmax and gradient",
+                logit_bytes(size, run, backward=True),
+            ),
+        ]
+    hidden = run.calibration_tokens * size.hidden * run.weight_bytes
+    width = run.tokens * _block_width(size) * run.weight_bytes
+    return [
+        Item("calibrate", "host", "weights of the dense model", weights),
+        Item("calibrate", "host", "hidden states of the calibration text", hidden),
+        Item("calibrate", "device", "weights of one block", size.block * run.weight_bytes),
+        Item("calibrate", "device", "statistics of one block, float64", statistics // max(1, size.blocks)),
+        Item("calibrate", "host", kept, statistics),
+        Item("calibrate", "device", "activations of one batch in one block", width),
+    ]
+
+
+def _feedback(size: ModelSize, run: RunShape) -> list[Item]:
+    """What candidates, further rounds and refits keep on the host beside the dense model; the device has no more than
+    in calibration."""
+    if not (run.measured or run.rounds > 1 or run.refitted):
+        return []
+    target = size.target_parameters
+    rounds = 2 if run.rounds > 1 else 1  # the statistics and vectors of the round before stay until the choice
+    held = HELD_OUT * run.calibration_tokens * size.vocabulary * 2
+    hidden = 3 * run.calibration_tokens * size.hidden * run.weight_bytes
+    return [
+        Item("feedback", "host", "weights of the dense model", size.parameters * run.weight_bytes),
+        Item("feedback", "host", "compressed target matrices, float64", 8 * target * rounds),
+        Item("feedback", "host", "the same in the model's type", target * run.weight_bytes),
+        Item("feedback", "host", "statistics of the rounds, float64", rounds * statistics_bytes(size, run.moments)),
+        Item(
+            "feedback",
+            "host",
+            "singular vectors of the rounds, float32",
+            rounds * vector_bytes(size, components=run.components),
+        ),
+        Item("feedback", "host", "predictions on held-out sequences, float16", int(held) if run.measured else 0),
+        Item("feedback", "host", "hidden states of both models", hidden if run.refitted else 0),
+    ]
 
 
 def _recovery(size: ModelSize, run: RunShape, kept: int) -> list[Item]:

@@ -6,6 +6,10 @@ makes it factored is the rank plan, which stands in ``config.json`` as a ``quant
 weights are read. A loaded model carries no mark of a quantised one: it trains, casts, takes adapters and is saved again
 like any other.
 
+An export also holds one empty tensor under the name of a weight that was factored. transformers without this package
+skips a plan that it does not know, builds the dense model and would leave its weights to chance; that tensor makes it
+an error. (``save_pretrained`` of a model in memory writes no such tensor.)
+
 ``lowrank_lit.json`` beside it, with or without a plan, says which run wrote the folder, so that nothing else is ever
 overwritten.
 """
@@ -24,7 +28,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
@@ -49,9 +53,16 @@ from lowrank_lit.folders import (
     unwritable,
     weight_files,
 )
-from lowrank_lit.plan import RankPlan
+from lowrank_lit.plan import RankPlan, truncated_plan
 from lowrank_lit.surgery import apply_plan, check_applied
-from lowrank_lit.weights import check_initialised, check_weights, fit_names, weights_to_save
+from lowrank_lit.weights import (
+    check_initialised,
+    check_weights,
+    expect_guard,
+    fit_names,
+    read_truncated,
+    weights_to_save,
+)
 
 __all__ = [
     "LowRankConfig",
@@ -116,10 +127,14 @@ class LowRankConfig(QuantizationConfigMixin):
             ExportError: If the entry is of a newer format or has no plan.
             PlanError: If the plan is malformed.
         """
-        # The version decides first: a newer entry may have keys that this release does not know.
-        check_version(config_dict.get("format_version"), "config.json")
-        config = cls(plan=config_dict.get("plan"))
+        config = _read_entry(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _read_entry(entry: dict[str, Any]) -> LowRankConfig:
+    # The version decides first: a newer entry may have keys that this release does not know.
+    check_version(entry.get("format_version"), "config.json")
+    return LowRankConfig(entry.get("plan"))
 
 
 class LowRankQuantizer(HfQuantizer):
@@ -149,6 +164,7 @@ class LowRankQuantizer(HfQuantizer):
         self._checked = bool(checkpoint_files)
         if checkpoint_files:
             check_weights(model, plan, dropped, checkpoint_files)
+            expect_guard(model, plan)
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -262,7 +278,9 @@ def export(
         (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
 
 
-def load(path: _PathLike, *, auto_class: Any = AutoModelForCausalLM, **kwargs: Any) -> Any:
+def load(
+    path: _PathLike, *, keep_ratio: float | None = None, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+) -> Any:
     """Load a folder with ``auto_class.from_pretrained``, after checks that give errors of one line.
 
     ``from_pretrained`` itself does the checks of the factors; this adds a missing or garbled ``config.json`` and
@@ -270,12 +288,16 @@ def load(path: _PathLike, *, auto_class: Any = AutoModelForCausalLM, **kwargs: A
 
     Args:
         path: Folder of an export, with a plan or without.
+        keep_ratio: Load a smaller model out of a nested export: the leading components of every factored matrix, of
+            ranks that its saved order gives for this budget (:func:`lowrank_lit.plan.truncated_plan`). Nothing else is
+            read from the files, and the model's config holds the smaller plan. None loads all there is.
         auto_class: A class with ``from_pretrained``, such as ``AutoModel``.
         kwargs: For ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
     Raises:
         ExportError: If a file is missing, truncated, of a newer format or does not hold the weights of the plan.
-        PlanError: If the plan in ``config.json`` is malformed.
+        PlanError: If the plan in ``config.json`` is malformed; if ``keep_ratio`` is given and the plan is not nested,
+            or it holds less, or its floors need more.
     """
     register()
     folder = Path(path)
@@ -283,18 +305,60 @@ def load(path: _PathLike, *, auto_class: Any = AutoModelForCausalLM, **kwargs: A
         raise ExportError(f"path='{path}' is no folder; give the folder of an export")
     config = read_json(folder / "config.json")
     entry = config.get("quantization_config")
+    plan = None
     if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
-        LowRankConfig.from_dict(entry)
+        plan = _read_entry(entry).rank_plan()
     if (folder / MARKER).exists():
         check_version(read_json(folder / MARKER).get("format_version"), MARKER)
-    read_shapes(weight_files(folder))
+    files = weight_files(folder)
+    read_shapes(files)
+    smaller = plan
+    if keep_ratio is not None:
+        if plan is None:
+            raise ExportError(
+                f"path='{path}' holds a dense model, which keep_ratio={keep_ratio} cannot cut; export a nested "
+                "compression, or leave keep_ratio out"
+            )
+        smaller = truncated_plan(plan, keep_ratio)
     try:
-        return auto_class.from_pretrained(folder, **kwargs)
+        if smaller is plan or smaller is None:
+            return auto_class.from_pretrained(folder, **kwargs)
+        return _load_truncated(folder, files, smaller, auto_class, kwargs)
     except LowRankError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ExportError(f"path='{path}' cannot be loaded ({reason}); export the model again") from error
+
+
+def _load_truncated(folder: Path, files: list[Path], plan: RankPlan, auto_class: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``from_pretrained`` does with a folder, for the part of its weights that a smaller plan keeps."""
+    # transformers takes a dictionary of weights in the place of a folder, not beside one.
+    later = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
+    report = kwargs.get("output_loading_info", False)
+    now = {key: value for key, value in kwargs.items() if key not in later and key != "output_loading_info"}
+    config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **now)
+    model_class = _class_for(auto_class, config)
+    config.quantization_config = LowRankConfig(plan)
+    model, loaded = model_class.from_pretrained(
+        None, config=config, state_dict=read_truncated(files, plan), output_loading_info=True, **rest, **later
+    )
+    if loaded["missing_keys"] and type(model).__name__ in (config.architectures or []):
+        raise ExportError(f"tensor '{min(loaded['missing_keys'])}' is missing in '{folder}'; export the model again")
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if model.can_generate() and (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return (model, loaded) if report else model
+
+
+def _class_for(auto_class: Any, config: Any) -> Any:
+    """The class that an auto class loads a config with; a model class is itself."""
+    if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
+        return auto_class
+    plain = copy.deepcopy(config)
+    del plain.quantization_config
+    with torch.device("meta"):
+        return type(auto_class.from_config(plain))
 
 
 def _require_transformers(model: nn.Module) -> PreTrainedModel:

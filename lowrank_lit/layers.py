@@ -1,11 +1,14 @@
-"""Layers that hold a factored weight."""
+"""Layers that hold a factored weight: two factors, or rows of the product and the coefficients of the others."""
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import ModelError, NonFiniteError
+from lowrank_lit.pivot import pivot_factors
 
 
 class FactoredLinear(nn.Module):
@@ -77,12 +80,7 @@ class FactoredLinear(nn.Module):
             ModelError: If the rank is outside 1..min(in_features, out_features).
         """
         layer = cls(in_features, out_features, rank, bias=bias, device="meta", dtype=dtype)
-        target = torch.get_default_device() if device is None else torch.device(device)
-        if target.type != "meta":
-            layer.to_empty(device=target)
-            with torch.no_grad():
-                for parameter in layer.parameters():
-                    parameter.fill_(float("nan"))
+        _fill_with_nan(layer, device)
         return layer
 
     @classmethod
@@ -108,15 +106,7 @@ class FactoredLinear(nn.Module):
             ModelError: If the shapes do not belong together.
             NonFiniteError: If a number is NaN or infinite, or becomes infinite in ``dtype``.
         """
-        if outer.ndim != 2 or inner.ndim != 2 or outer.shape[1] != inner.shape[0]:
-            raise ModelError(
-                f"factors of shapes {tuple(outer.shape)} and {tuple(inner.shape)} do not multiply; "
-                "give outer (out, rank) and inner (rank, in)"
-            )
-        if bias is not None and bias.shape != outer.shape[:1]:
-            raise ModelError(
-                f"a bias of shape {tuple(bias.shape)} does not fit outer {tuple(outer.shape)}; give (out,)"
-            )
+        _check_shapes(outer, inner, bias)
         dtype = outer.dtype if dtype is None else dtype
         layer = cls.empty(
             inner.shape[1],
@@ -132,6 +122,11 @@ class FactoredLinear(nn.Module):
             if bias is not None:
                 layer.outer.bias.copy_(_checked(bias, "bias", dtype))
         return layer
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The factors of the weight: outer (out_features, rank) and inner (rank, in_features), the parameters
+        themselves; without unmerged adapters."""
+        return self.outer.weight, self.inner.weight
 
     @property
     def weight(self) -> Tensor:
@@ -157,6 +152,187 @@ class FactoredLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.outer.bias is not None}"
         )
+
+
+class PivotLinear(nn.Module):
+    """A linear map of rank k whose weight is k of its own rows and the coefficients of the others (arXiv:2501.19090).
+
+    With the pivot rows P (rank, in_features) and coefficients E (out_features - rank, rank): z = P x, the outputs of
+    the pivot rows are z, those of the other rows E z. That is k (m + n - k) numbers for an (m, n) weight, k^2 fewer
+    than two factors and the same map. Both parts are plain ``nn.Linear`` children without a bias, ``inner`` (P) and
+    ``outer`` (E), so that an adapter on either leaves the rank as it is. The bias belongs to the layer.
+
+    ``positions`` (out_features,), int32, a persistent buffer, says where each output stands in (z, E z). These m
+    indices are no parameters: they count in bytes only.
+
+    Args:
+        in_features: Columns n of W.
+        out_features: Rows m of W.
+        rank: Pivot rows k.
+        bias: Whether there is a bias of shape (out_features,).
+        device: Of everything.
+        dtype: Of the parameters.
+
+    Raises:
+        ModelError: If the rank is outside 1..min(in_features, out_features - 1).
+    """
+
+    positions: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features - 1):
+            raise ModelError(
+                f"rank={rank} does not fit the pivot form of a weight of shape ({out_features}, {in_features}); "
+                f"choose a rank from 1 to {min(in_features, out_features - 1)}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.inner = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self.outer = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        )
+        self.register_buffer("positions", torch.arange(out_features, dtype=torch.int32, device=device))
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> PivotLinear:
+        """A layer to load weights into: every number is NaN and every position -1, so that one which was not loaded
+        shows; draws no random numbers.
+
+        Args:
+            in_features: Columns of W.
+            out_features: Rows of W.
+            rank: Pivot rows.
+            bias: Whether there is a bias.
+            device: Of everything; "meta" allocates nothing.
+            dtype: Of the parameters.
+
+        Raises:
+            ModelError: If the rank is outside 1..min(in_features, out_features - 1).
+        """
+        layer = cls(in_features, out_features, rank, bias=bias, device="meta", dtype=dtype)
+        _fill_with_nan(layer, device)
+        return layer
+
+    @classmethod
+    def from_factors(
+        cls,
+        outer: Tensor,
+        inner: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> PivotLinear:
+        """Build a layer from two factors of its weight; rows and coefficients are found in float64.
+
+        Args:
+            outer: Left factor (out_features, rank), rank < out_features.
+            inner: Right factor (rank, in_features).
+            bias: Bias (out_features,), or None.
+            dtype: Of the stored numbers; None keeps that of ``outer``.
+            device: Of the stored numbers; None keeps that of ``outer``.
+
+        Raises:
+            ModelError: If the shapes do not belong together, the rank is out of range, or a coefficient is too large.
+            NonFiniteError: If a number is NaN or infinite, or becomes infinite in ``dtype``.
+        """
+        _check_shapes(outer, inner, bias)
+        dtype = outer.dtype if dtype is None else dtype
+        layer = cls.empty(
+            inner.shape[1],
+            outer.shape[0],
+            outer.shape[1],
+            bias=bias is not None,
+            device=outer.device if device is None else device,
+            dtype=dtype,
+        )
+        found = pivot_factors(_checked(outer, "outer", outer.dtype), _checked(inner, "inner", inner.dtype))
+        with torch.no_grad():
+            layer.inner.weight.copy_(_checked(found.pivots, "pivots", dtype))
+            layer.outer.weight.copy_(_checked(found.coefficients, "coefficients", dtype))
+            layer.positions.copy_(found.positions)
+            if layer.bias is not None and bias is not None:
+                layer.bias.copy_(_checked(bias, "bias", dtype))
+        return layer
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Factors of the weight: (I; E) in the order of the outputs (out_features, rank), and the pivot rows
+        (rank, in_features); without unmerged adapters."""
+        coefficients = self.outer.weight
+        unit = torch.eye(self.rank, dtype=coefficients.dtype, device=coefficients.device)
+        return torch.cat([unit, coefficients])[self.positions], self.inner.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight (out_features, in_features); computed at every access, in the dtype of its parts.
+
+        Unmerged adapters are not part of it.
+        """
+        pivots = self.inner.weight
+        return torch.cat([pivots, self.outer.weight @ pivots])[self.positions]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` (..., in_features) to (..., out_features)."""
+        pivots = self.inner(x)
+        result = torch.cat([pivots, self.outer(pivots)], dim=-1).index_select(-1, self.positions)
+        return result if self.bias is None else result + self.bias
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``print(model)`` shows them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+FactoredLayer: TypeAlias = FactoredLinear | PivotLinear
+"""Any layer of this package, for ``isinstance`` and annotations."""
+
+LAYER_OF_FORM: dict[str, type[FactoredLinear] | type[PivotLinear]] = {"factored": FactoredLinear, "pivot": PivotLinear}
+"""The layer that holds a matrix, by the form that the plan gives it; a dense matrix has none."""
+
+
+def _check_shapes(outer: Tensor, inner: Tensor, bias: Tensor | None) -> None:
+    if outer.ndim != 2 or inner.ndim != 2 or outer.shape[1] != inner.shape[0]:
+        raise ModelError(
+            f"factors of shapes {tuple(outer.shape)} and {tuple(inner.shape)} do not multiply; "
+            "give outer (out, rank) and inner (rank, in)"
+        )
+    if bias is not None and bias.shape != outer.shape[:1]:
+        raise ModelError(f"a bias of shape {tuple(bias.shape)} does not fit outer {tuple(outer.shape)}; give (out,)")
+
+
+def _fill_with_nan(layer: nn.Module, device: torch.device | str | None) -> None:
+    """Give a layer on the meta device memory: NaN, and -1 for indices."""
+    target = torch.get_default_device() if device is None else torch.device(device)
+    if target.type == "meta":
+        return
+    layer.to_empty(device=target)
+    with torch.no_grad():
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.fill_(float("nan") if tensor.is_floating_point() else -1)
 
 
 def _checked(values: Tensor, what: str, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,5 @@
-"""Dense linear algebra that everything rests on: symmetric eigenvectors, damping, balanced factors, the numerical-rank
-rule.
+"""Dense linear algebra that everything rests on: symmetric eigenvectors, damping, roots, balanced factors, the
+numerical-rank rule.
 
 All of it runs in float64 (float32 where a device has no float64), never in TF32, and never forms an inverse.
 """
@@ -70,16 +70,87 @@ def orthonormalise(columns: Tensor) -> Tensor:
     return result
 
 
-def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
-    """Balanced factors of the same product: ``outer = U S^1/2``, ``inner = S^1/2 V^T`` with ``outer inner = U S V^T``.
+def floor_weights(weights: Tensor, share: float) -> Tensor:
+    """Raise the smallest of some non-negative weights to ``share`` of their mean; the rest stay as they are.
 
-    Both factors then have the same singular values, which keeps half-precision storage in range, and adapters on the
-    two factors equally conditioned. A QR of each factor and one small SVD; the large product is never decomposed.
+    The damping of a diagonal metric: a channel that calibration never excited is cheap, but not free.
+
+    Args:
+        weights: ``(d,)``.
+        share: In [0, 1].
+    """
+    return weights.clamp_min(share * float(weights.mean()))
+
+
+def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and left singular vectors by an eigendecomposition of the smaller Gram matrix.
+
+    One and a half to five times faster than an SVD on a CPU. Squaring costs no accuracy where it counts: the vectors
+    are orthonormal to rounding, and the values are taken as the lengths ``||u_i^T M||`` (wide) or ``||M v_i||`` (tall)
+    rather than as roots of the Gram matrix's eigenvalues, so that zero comes out as rounding, ``eps s_1``, where those
+    roots would give ``sqrt(eps) s_1``.
+
+    Args:
+        matrix: ``M`` ``(rows, columns)``.
+
+    Returns:
+        Singular values ``(p,)``, largest first, and vectors ``(rows, p)``, ``p = min(rows, columns)``. Vectors of zero
+        singular values complete an orthonormal set.
+    """
+    rows, columns = matrix.shape
+    if rows <= columns:
+        _, left = symmetric_eigen(matrix @ matrix.mT)
+        values, order = (left.mT @ matrix).norm(dim=1).sort(descending=True, stable=True)
+        return values, left[:, order]
+    _, right = symmetric_eigen(matrix.mT @ matrix)
+    images = matrix @ right
+    values, order = images.norm(dim=0).sort(descending=True, stable=True)
+    return values, orthonormalise(images[:, order])
+
+
+def dual_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """A root ``S`` of a moment, ``S S^T = M``, and its dual ``T = S^-T``, so that ``T^T S = I``.
+
+    Both come from the eigendecomposition ``M = V L V^T``: ``S = V L^1/2``, ``T = V L^-1/2``. Nothing is inverted but
+    positive numbers: eigenvalues below rounding (``d eps l_max``) are raised to it, which only an undamped moment
+    needs.
+
+    Args:
+        moment: Symmetric positive semi-definite ``(d, d)`` and not zero; damp it first.
+    """
+    values, vectors = symmetric_eigen(moment)
+    root = values.clamp_min(len(values) * torch.finfo(values.dtype).eps * float(values[0])).sqrt()
+    return vectors * root, vectors / root
+
+
+def equalise(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product in which column ``i`` of ``outer`` and row ``i`` of ``inner`` have equal norms.
+
+    Components stay what and where they are: any prefix of them has the same product as before.
 
     Args:
         outer: ``(rows, rank)``.
         inner: ``(rank, columns)``.
     """
+    heights, widths = outer.norm(dim=0), inner.norm(dim=1)
+    # A component with a zero on either side becomes zero on both.
+    lengths = heights.sqrt() * widths.sqrt()
+    tiny = torch.finfo(outer.dtype).tiny
+    return outer * (lengths / heights.clamp_min(tiny)), (lengths / widths.clamp_min(tiny))[:, None] * inner
+
+
+def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """Balanced factors of the same product: ``outer = U S^1/2``, ``inner = S^1/2 V^T`` with ``outer inner = U S V^T``.
+
+    Both factors then have the same singular values, which keeps half-precision storage in range, and adapters on the
+    two factors equally conditioned. A QR of each factor and one small SVD; the large product is never decomposed.
+    Components of very different scales on the two sides lose nothing: their norms are made equal first.
+
+    Args:
+        outer: ``(rows, rank)``.
+        inner: ``(rank, columns)``.
+    """
+    outer, inner = equalise(outer, inner)
     left, left_triangle = torch.linalg.qr(outer)
     right, right_triangle = torch.linalg.qr(inner.mT)
     u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, fields
+import sys
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -14,10 +20,15 @@ from torch import nn
 
 from lowrank_lit.errors import ExportError, PlanError
 
-FORMAT_VERSION = 1
-"""Version of the dictionary and the file; a reader refuses a newer one."""
+FORMAT_VERSION = 2
+"""Version of the dictionary and the file; a reader refuses a newer one, and reads every older one.
 
-_FORMS = ("factored", "dense")
+Version 2 added the pivot form, and of a plan ``preset``, ``feedback``, ``storage``, ``predicted_nats``, ``nested`` and
+``order``.
+"""
+
+_FORMS = ("factored", "dense", "pivot")
+_LAYERS = {"FactoredLinear": "factored", "PivotLinear": "pivot"}
 _Entry = TypeVar("_Entry", "MatrixPlan", "RankPlan")
 
 
@@ -35,10 +46,11 @@ class MatrixPlan:
     """Rows m of the weight: output features."""
     columns: int
     """Columns n of the weight: input features."""
-    form: Literal["factored", "dense"]
-    """Two factors (m, r) and (r, n), or the matrix itself."""
+    form: Literal["factored", "dense", "pivot"]
+    """Two factors (m, r) and (r, n), the matrix itself, or r of its rows and the (m - r, r) coefficients of the
+    others."""
     rank: int
-    """Rank r, from 1 to min(m, n); for the dense form the rank that the matrix may have."""
+    """Rank r, from 1 to min(m, n), below m in pivot form; for the dense form the rank that the matrix may have."""
     importance: float | None = None
     """Importance of the module that the allocator used, if any."""
     kept_energy: float | None = None
@@ -58,14 +70,24 @@ class MatrixPlan:
                 f"rank={self.rank} of {where} is more than a matrix of {self.rows} x {self.columns} can have; "
                 f"choose at most {min(self.rows, self.columns)}"
             )
+        if self.form == "pivot" and self.rank == self.rows:
+            raise PlanError(
+                f"rank={self.rank} of {where} leaves no row to express by others in pivot form; store it dense or "
+                f"choose a rank below {self.rows}"
+            )
         for field, number in (("importance", self.importance), ("kept_energy", self.kept_energy)):
             if number is not None and not _is_number(number):
                 raise PlanError(f"{field}={number!r} of {where} must be a finite number or null")
 
     @property
     def parameters(self) -> int:
-        """Numbers stored: r (m + n) factored, m n dense; biases are not counted."""
-        return self.rank * (self.rows + self.columns) if self.form == "factored" else self.dense_parameters
+        """Numbers stored: r (m + n) factored, r (m + n - r) in pivot form, m n dense.
+
+        Neither biases are counted nor the m indices of the pivot form, which are no parameters.
+        """
+        if self.form == "dense":
+            return self.dense_parameters
+        return self.rank * (self.rows + self.columns - (self.rank if self.form == "pivot" else 0))
 
     @property
     def dense_parameters(self) -> int:
@@ -93,6 +115,20 @@ class RankPlan:
     """Hash of the model, data and settings behind the plan; empty for a plan made by hand."""
     notes: tuple[str, ...] = ()
     """Remarks for the reader, such as a fallback that was taken."""
+    preset: str = ""
+    """Name of the preset that chose the settings, if any."""
+    feedback: str = "none"
+    """Name of the error feedback that the factors were fitted with."""
+    storage: str = "factored"
+    """Form that was asked for: of every matrix that is not dense."""
+    predicted_nats: float | None = None
+    """Predicted rise of the loss in nats per token, if the metric gives one."""
+    nested: bool = False
+    """Whether the factors keep the order of their components, so that leading parts of them are smaller models."""
+    order: tuple[int, ...] = ()
+    """For a nested plan, the components beyond the floors, the most worth keeping first: each entry is the index in
+    ``matrices`` of the matrix whose next component it is. The floor of a factored matrix is its rank less its entries.
+    In the file, base64 of zlib of little-endian 16-bit numbers."""
 
     def __post_init__(self) -> None:
         if not self.matrices:
@@ -104,11 +140,35 @@ class RankPlan:
             seen.add(matrix.name)
         if not _is_number(self.requested_keep_ratio) or not 0 < self.requested_keep_ratio <= 1:
             raise PlanError(f"requested_keep_ratio={self.requested_keep_ratio!r} must lie in (0, 1]")
-        for field in ("metric", "allocator", "fingerprint"):
+        for field in ("metric", "allocator", "fingerprint", "preset", "feedback", "storage"):
             if not _is_text(getattr(self, field)):
                 raise PlanError(f"{field}={getattr(self, field)!r} must be a string")
         if not all(_is_text(note) for note in self.notes):
             raise PlanError(f"notes={self.notes!r} must be strings")
+        if self.predicted_nats is not None and not _is_number(self.predicted_nats):
+            raise PlanError(f"predicted_nats={self.predicted_nats!r} must be a finite number or null")
+        if not isinstance(self.nested, bool):
+            raise PlanError(f"nested={self.nested!r} must be true or false")
+        self._check_order()
+
+    def _check_order(self) -> None:
+        if self.order and not self.nested:
+            raise PlanError("order is given for a plan that is not nested; set nested, or leave the order out")
+        pivot = next((matrix.name for matrix in self.matrices if matrix.form == "pivot"), None)
+        if self.nested and pivot is not None:
+            raise PlanError(
+                f"matrix '{pivot}' is in pivot form in a nested plan, and a part of that form is no smaller model; "
+                "store nested plans factored"
+            )
+        for index, count in Counter(self.order).items():
+            if not _is_index(index, len(self.matrices)):
+                raise PlanError(f"order names matrix {index!r} of {len(self.matrices)}; give indices of matrices")
+            matrix = self.matrices[index]
+            if matrix.form == "dense" or count >= matrix.rank:
+                raise PlanError(
+                    f"order has {count} components of matrix '{matrix.name}' ({matrix.form}, rank {matrix.rank}); list "
+                    "the components of factored matrices beyond a floor of 1 or more"
+                )
 
     @property
     def parameters(self) -> int:
@@ -127,14 +187,16 @@ class RankPlan:
 
     def digest(self) -> str:
         """SHA-256 of the plan's content, 64 hexadecimal digits; the same for equal plans."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        content = self.to_dict() | {"order": self.order}  # not packed: other versions of zlib pack in other ways
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON types, with ``format_version``."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         matrices = [{field.name: getattr(matrix, field.name) for field in fields(matrix)} for matrix in self.matrices]
-        return {"format_version": FORMAT_VERSION, **own, "matrices": matrices, "notes": list(self.notes)}
+        lists = {"matrices": matrices, "notes": list(self.notes), "order": _pack(self.order)}
+        return {"format_version": FORMAT_VERSION, **own, **lists}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> RankPlan:
@@ -160,7 +222,8 @@ class RankPlan:
         matrices = tuple(
             _construct(MatrixPlan, entry, f"entry {index} of matrices") for index, entry in enumerate(entries)
         )
-        return _construct(cls, {**content, "matrices": matrices, "notes": tuple(notes)}, "the plan")
+        order = _unpack(content.get("order", ""))
+        return _construct(cls, {**content, "matrices": matrices, "notes": tuple(notes), "order": order}, "the plan")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON; the file is complete or is not there.
@@ -206,7 +269,7 @@ class RankPlan:
         """Compare names, shapes and ranks with a model, dense or factored by this plan.
 
         A matrix may be an ``nn.Linear`` or a transformers ``Conv1D``, whether it is still to be factored or stays
-        dense, or a ``FactoredLinear`` of the plan's rank.
+        dense, or a ``FactoredLinear`` or ``PivotLinear``, by its form, of the plan's rank.
 
         Raises:
             PlanError: If a matrix does not fit; the message names the first one and how many there are.
@@ -220,6 +283,86 @@ class RankPlan:
             )
 
 
+def truncated_plan(plan: RankPlan, keep_ratio: float) -> RankPlan:
+    """The plan of a smaller model inside a nested one: the longest beginning of its order that the budget allows.
+
+    Dense matrices stay dense. The result is nested too, so that it can be truncated further, and smaller budgets give
+    ranks that are nowhere larger.
+
+    Args:
+        plan: A nested plan.
+        keep_ratio: Stored / original numbers of the target matrices, in (0, 1]; what the plan was made for, or what it
+            reaches, gives the plan itself.
+
+    Raises:
+        PlanError: If the plan is not nested, or ``keep_ratio`` is more than it holds or less than its floors need.
+    """
+    if not plan.nested:
+        raise PlanError(
+            f"keep_ratio={keep_ratio} needs a nested plan, and this one is not; compress again with nested factors, or "
+            "leave keep_ratio out"
+        )
+    if not _is_number(keep_ratio) or not 0 < keep_ratio <= 1:
+        raise PlanError(f"keep_ratio={keep_ratio!r} must lie in (0, 1]")
+    if keep_ratio > max(plan.requested_keep_ratio, plan.keep_ratio):
+        raise PlanError(
+            f"keep_ratio={keep_ratio} is more than the plan holds ({plan.keep_ratio:.4f}); choose at most that, or "
+            "compress the dense model again"
+        )
+    budget = math.floor(keep_ratio * plan.dense_parameters + 1e-9)
+    if keep_ratio == plan.keep_ratio or budget >= plan.parameters:
+        return plan
+    above = Counter(plan.order)
+    ranks = [matrix.rank - above[index] for index, matrix in enumerate(plan.matrices)]
+    spent = sum(replace(matrix, rank=rank).parameters for matrix, rank in zip(plan.matrices, ranks, strict=True))
+    if spent > budget:
+        raise PlanError(
+            f"keep_ratio={keep_ratio} allows {budget} numbers, and the floors and dense matrices of the plan alone "
+            f"need {spent}; choose at least {spent / plan.dense_parameters:.4f}"
+        )
+    kept = 0
+    for index in plan.order:
+        spent += plan.matrices[index].rows + plan.matrices[index].columns
+        if spent > budget:
+            break
+        ranks[index] += 1
+        kept += 1
+    matrices = tuple(
+        matrix if rank == matrix.rank else replace(matrix, rank=rank, kept_energy=None)
+        for matrix, rank in zip(plan.matrices, ranks, strict=True)
+    )
+    # Another identity than the whole plan's: a folder of the one is not to be replaced by the other.
+    identity = plan.fingerprint and hashlib.sha256(f"{plan.fingerprint} {kept}".encode()).hexdigest()[:32]
+    return replace(
+        plan,
+        matrices=matrices,
+        requested_keep_ratio=keep_ratio,
+        fingerprint=identity,
+        predicted_nats=None,
+        order=plan.order[:kept],
+    )
+
+
+def _pack(order: Sequence[int]) -> str:
+    """Indices as text: a model of 7 billion parameters has half a million, at most 0.9 MB this way."""
+    numbers = array("H", order)
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return base64.b64encode(zlib.compress(numbers.tobytes(), 9)).decode() if order else ""
+
+
+def _unpack(text: object) -> tuple[int, ...]:
+    numbers = array("H")
+    try:
+        if text:
+            numbers.frombytes(zlib.decompress(base64.b64decode(cast(str, text), validate=True)))
+    except (TypeError, ValueError, zlib.error) as error:  # binascii.Error is a ValueError
+        raise PlanError(f"order of the plan is garbled ({error}); save the plan with RankPlan.save") from error
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return tuple(numbers)
+
+
 # Values come from JSON files and from callers without a type checker, so the annotations above are checked too.
 def _is_text(value: object) -> bool:
     return isinstance(value, str)
@@ -227,6 +370,10 @@ def _is_text(value: object) -> bool:
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_index(value: object, length: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < length
 
 
 def _is_number(value: object) -> bool:
@@ -254,25 +401,28 @@ def _misfit(matrix: MatrixPlan, module: nn.Module | None) -> str:
     found = _layout(module)
     if found is None:
         return f"'{matrix.name}' is a {type(module).__name__}, not a linear layer"
-    rows, columns, rank = found
+    rows, columns, form, rank = found
     if (rows, columns) != (matrix.rows, matrix.columns):
         return f"'{matrix.name}' is {rows} x {columns} in the model and {matrix.rows} x {matrix.columns} in the plan"
-    if rank is not None and matrix.form == "dense":
-        return f"'{matrix.name}' is factored at rank {rank} in the model and dense in the plan"
+    if form is not None and form != matrix.form:
+        what = "factored" if form == "factored" else "in pivot form"
+        planned = "in pivot form" if matrix.form == "pivot" else matrix.form
+        return f"'{matrix.name}' is {what} at rank {rank} in the model and {planned} in the plan"
     if rank is not None and rank != matrix.rank:
         return f"'{matrix.name}' has rank {rank} in the model and {matrix.rank} in the plan"
     return ""
 
 
-def _layout(module: nn.Module) -> tuple[int, int, int | None] | None:
-    """(rows, columns, rank or None) of a linear layer, recognised by structure: this module knows of no layer class."""
+def _layout(module: nn.Module) -> tuple[int, int, str | None, int | None] | None:
+    """(rows, columns, form, rank) of a linear layer, the last two None for a plain one; recognised by structure, for
+    this module knows of no layer class."""
     kind = type(module).__name__
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features, None
-    if kind == "FactoredLinear":
-        return cast(int, module.out_features), cast(int, module.in_features), cast(int, module.rank)
+        return module.out_features, module.in_features, None, None
+    if kind in _LAYERS:
+        return cast(int, module.out_features), cast(int, module.in_features), _LAYERS[kind], cast(int, module.rank)
     weight = getattr(module, "weight", None)
     if kind == "Conv1D" and isinstance(weight, nn.Parameter) and weight.ndim == 2:
         columns, rows = weight.shape  # Conv1D stores (in, out)
-        return rows, columns, None
+        return rows, columns, None, None
     return None

@@ -5,7 +5,8 @@ With adapters ``b1 a1`` on ``outer`` (out, r) and ``b2 a2`` on ``inner`` (r, in)
     W' = (outer + s b1 a1) (inner + s b2 a2)
 
 so the merged factors have the shapes they had, rank(W') <= r, and there is nothing to truncate again. A LoRA on the
-product has rank r + l instead; cutting it back to r loses most of a small update. The adapters and their merge are
+product has rank r + l instead; cutting it back to r loses most of a small update. In pivot form the factors are the
+pivot rows (r, in) and the coefficients (out - r, r), with the same effect. The adapters and their merge are
 PEFT's; here are the choice of layers, the bound on the adapter rank, and the checks. (SVD-LLM, arXiv:2403.07378, adapts
 one factor after the other.)
 """
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.linalg import to_double
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Adapters:
     record: dict[str, Any]
     merged: MergeRecord | None = field(default=None, init=False)
     _tuner: BaseTuner = field(repr=False)
-    _pairs: dict[str, FactoredLinear] = field(repr=False)
+    _pairs: dict[str, FactoredLayer] = field(repr=False)
     _originals: dict[str, nn.Linear] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
 
@@ -146,13 +147,14 @@ def add_adapters(
     use_rslora: bool = False,
     config: PeftConfig | None = None,
 ) -> Adapters:
-    """Put a LoRA on ``inner`` and ``outer`` of every FactoredLinear of a model, in place, and freeze everything else.
+    """Put a LoRA on ``inner`` and ``outer`` of every factored layer of a model, in place, and freeze everything else.
 
     The output is unchanged until the adapters train. Adapters of float16 and bfloat16 factors are float32. An adapter's
-    rank is kept below its layer's, at most r - 1 (1 for a layer of rank 1), and its scale stays what was asked for.
+    rank is kept below the least side of its factor, which is the layer's rank r (out - r for the coefficients of a
+    pivot form with fewer rows than that), and at 1 or more; its scale stays what was asked for.
 
     Args:
-        model: Any module that holds FactoredLinear layers; it stays the object it is.
+        model: Any module that holds FactoredLinear or PivotLinear layers; it stays the object it is.
         rank: Adapter rank l, the same for both factors.
         alpha: The update is scaled by alpha / l.
         dropout: Probability of dropping an entry of an adapter's input in train mode.
@@ -180,7 +182,7 @@ def add_adapters(
     chosen = _resolve_targets(model, pairs, settings)
     record: dict[str, Any] = {"method": settings.peft_type.value}
     record |= {key: getattr(settings, key, None) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    record |= {"clamped": _resolve_ranks(pairs, chosen, settings), "pairs": len(pairs), "adapters": len(chosen)}
+    record |= {"clamped": _resolve_ranks(originals, chosen, settings), "pairs": len(pairs), "adapters": len(chosen)}
     record["factor_parameters"] = _size(pairs)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     tuner = _inject(pairs, settings)
@@ -190,7 +192,7 @@ def add_adapters(
     return Adapters(model, record, tuner, pairs, originals, flags)
 
 
-def _inject(pairs: Mapping[str, FactoredLinear], config: Any) -> BaseTuner:
+def _inject(pairs: Mapping[str, FactoredLayer], config: Any) -> BaseTuner:
     """Let PEFT wrap the factors; they are as before if it refuses."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -214,22 +216,22 @@ def _join(name: str, factor: str) -> str:
     return f"{name}.{factor}" if name else factor  # the model may itself be a factored layer
 
 
-def _factors(pairs: Mapping[str, FactoredLinear]) -> dict[str, Any]:
+def _factors(pairs: Mapping[str, FactoredLayer]) -> dict[str, Any]:
     """Both children of every pair, by their names in the model: nn.Linear or PEFT's layer round one."""
     return {_join(name, factor): getattr(pair, factor) for name, pair in pairs.items() for factor in _FACTORS}
 
 
-def _size(pairs: Mapping[str, FactoredLinear]) -> int:
+def _size(pairs: Mapping[str, FactoredLayer]) -> int:
     return sum(parameter.numel() for pair in pairs.values() for parameter in pair.parameters())
 
 
-def _find_pairs(model: nn.Module) -> tuple[dict[str, FactoredLinear], dict[str, nn.Linear]]:
+def _find_pairs(model: nn.Module) -> tuple[dict[str, FactoredLayer], dict[str, nn.Linear]]:
     """The factored layers by name, each once, and their factors, checked to be ones an adapter can be merged into."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    pairs = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    pairs = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
     if not pairs:
-        raise ModelError(f"the {type(model).__name__} has no FactoredLinear to adapt; compress it first")
+        raise ModelError(f"the {type(model).__name__} has no factored layer to adapt; compress it first")
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     factors = _factors(pairs)
     holders = Counter(id(factor) for factor in factors.values())
@@ -244,7 +246,7 @@ def _find_pairs(model: nn.Module) -> tuple[dict[str, FactoredLinear], dict[str, 
     return pairs, factors
 
 
-def _resolve_targets(model: nn.Module, pairs: Mapping[str, FactoredLinear], config: Any) -> dict[str, str]:
+def _resolve_targets(model: nn.Module, pairs: Mapping[str, FactoredLayer], config: Any) -> dict[str, str]:
     """Resolve a configuration's targets to exact factors, in place; returns {name in the model: name in the host}."""
     from peft.tuners.tuners_utils import check_target_module_exists
 
@@ -271,8 +273,8 @@ def _resolve_targets(model: nn.Module, pairs: Mapping[str, FactoredLinear], conf
     return chosen
 
 
-def _resolve_ranks(pairs: Mapping[str, FactoredLinear], chosen: Mapping[str, str], config: Any) -> dict[str, int]:
-    """Bound each adapter's rank by its layer's, its scale unchanged, in place; returns {bounded layer: rank}."""
+def _resolve_ranks(factors: Mapping[str, nn.Linear], chosen: Mapping[str, str], config: Any) -> dict[str, int]:
+    """Bound each adapter's rank by its factor's, its scale unchanged, in place; returns {layer: its least rank}."""
     if not hasattr(config, "rank_pattern"):
         return {}
     from peft.utils.other import get_pattern_key
@@ -288,9 +290,9 @@ def _resolve_ranks(pairs: Mapping[str, FactoredLinear], chosen: Mapping[str, str
         layer = name.rpartition(".")[0]
         rank = asked_ranks.get(get_pattern_key(list(asked_ranks), name), config.r)
         alpha = asked_alphas.get(get_pattern_key(list(asked_alphas), name), default_alpha)
-        most = max(1, pairs[layer].rank - 1)
+        most = max(1, min(factors[name].weight.shape) - 1)
         if rank > most:
-            clamped[layer] = most
+            clamped[layer] = min(most, clamped.get(layer, most))
             alpha, rank = alpha * (most / rank) ** power, most
         key = host_name.replace(".", r"\.")
         ranks |= {key: rank} if rank != config.r else {}
@@ -317,7 +319,7 @@ def _summary(trials: Mapping[str, tuple[float, float, float]], before: int, afte
 
 
 @torch.no_grad()
-def _trial(name: str, pair: FactoredLinear, probe: Tensor | None) -> tuple[float, float, float]:
+def _trial(name: str, pair: FactoredLayer, probe: Tensor | None) -> tuple[float, float, float]:
     """Merge one pair, measure, and take the merge back to the last bit: difference, relative difference, update."""
     for key, parameter in pair.named_parameters():
         if not torch.isfinite(parameter).all():
@@ -326,19 +328,25 @@ def _trial(name: str, pair: FactoredLinear, probe: Tensor | None) -> tuple[float
         probe = torch.randn(_PROBE_TOKENS, pair.in_features, generator=torch.Generator().manual_seed(0))
     with torch.autocast(pair.inner.weight.device.type, enabled=False), _in_eval_mode(pair):
         with _in_float32(pair):
-            before = (pair.inner.weight.data, pair.outer.weight.data)
+            before = _values(pair)
             inputs = probe.to(before[0])
             adapted: Tensor = pair.forward(inputs)
         with _merged(name, pair), _in_float32(pair):
-            update = _product_update(before, (pair.inner.weight.data, pair.outer.weight.data))
+            update = _product_update(before, _values(pair))
             difference: Tensor = pair.forward(inputs) - adapted
     relative = float(difference.norm() / adapted.norm()) if difference.any() else 0.0
     return float(difference.abs().max()), relative, update
 
 
+def _values(pair: FactoredLayer) -> tuple[Tensor, Tensor]:
+    """The factors (outer, inner) of the weight, apart from the parameters, which are given other values later."""
+    outer, inner = pair.factors()
+    return outer.data, inner.data
+
+
 def _product_update(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
-    """||outer' inner' - outer inner||_F / ||outer inner||_F of (inner, outer) pairs, without an (out, in) product."""
-    (inner, outer), (new_inner, new_outer) = map(to_double, before), map(to_double, after)
+    """||outer' inner' - outer inner||_F / ||outer inner||_F of (outer, inner) pairs, without an (out, in) product."""
+    (outer, inner), (new_outer, new_inner) = map(to_double, before), map(to_double, after)
     # The difference is (outer' - outer) inner' + outer (inner' - inner): nothing large cancels in it.
     left = torch.cat([new_outer - outer, outer], dim=1)
     right = torch.cat([new_inner, new_inner - inner], dim=0)
@@ -352,7 +360,7 @@ def _product_norm(left: Tensor, right: Tensor) -> float:
 
 
 @contextmanager
-def _merged(name: str, pair: FactoredLinear) -> Iterator[None]:
+def _merged(name: str, pair: FactoredLayer) -> Iterator[None]:
     """Merge the adapters of one pair by PEFT, and restore the factors on leaving."""
     layers = {key: layer for key, layer in _factors({name: pair}).items() if hasattr(layer, "base_layer")}
     try:
@@ -370,7 +378,7 @@ def _merged(name: str, pair: FactoredLinear) -> Iterator[None]:
 
 
 @contextmanager
-def _in_float32(pair: FactoredLinear) -> Iterator[None]:
+def _in_float32(pair: FactoredLayer) -> Iterator[None]:
     """Hold every parameter of a pair in float32 or better."""
     with _values_kept(pair):
         for parameter in pair.parameters():

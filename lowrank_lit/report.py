@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -112,7 +112,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     if missing:
         raise LowRankError(f"the record lacks '{missing[0]}'; make it with lowrank_lit.report.assemble")
     text = json.dumps(_plain(record, "record"), indent=2, allow_nan=False) + "\n"
-    with _replacing(Path(path)) as partial:
+    with replacing(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
@@ -133,6 +133,24 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(record)
 
 
+def prediction(predicted: Mapping[str, Any] | None, perplexity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The predicted rise of the loss beside the measured one, for a record's key ``predicted``.
+
+    Args:
+        predicted: ``nats`` per token and ``perplexity_ratio`` of a compression's record; ``None`` where there is none.
+        perplexity: ``dense`` and ``compressed``.
+
+    Returns:
+        What was given with ``measured_nats``, ``ln(compressed / dense)``, ``None`` without the two, and ``kind``, which
+        says that the former is an estimate.
+    """
+    if not predicted:
+        return None
+    dense, compressed = perplexity.get("dense"), perplexity.get("compressed")
+    measured = None if dense is None or compressed is None else math.log(compressed) - math.log(dense)
+    return {**predicted, "measured_nats": measured, "kind": "estimate from second moments of the calibration text"}
+
+
 def _plain(value: Any, where: str) -> Any:
     """The same value in JSON's types; anything unknown by its text, so that a setting of any type can be recorded."""
     if isinstance(value, Mapping):
@@ -149,7 +167,7 @@ def _plain(value: Any, where: str) -> Any:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; it becomes ``path`` if the body succeeds and vanishes if not."""
     partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
     try:
@@ -175,7 +193,7 @@ def summary_table(record: Mapping[str, Any]) -> Table:
     for heading in ("dense", "compressed", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what it counts", ratio=1)
-    for row in (*_size_rows(record), *_perplexity_rows(record), *_cost_rows(record)):
+    for row in (*_size_rows(record), *_perplexity_rows(record), *_prediction_rows(record), *_cost_rows(record)):
         table.add_row(*row)
     return table
 
@@ -187,6 +205,8 @@ def _size_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     count, keep, size = record["parameters"], record["keep_ratio"], record["bytes"]
     matrices = record.get("matrices") or {}
     which = "the {targets} target matrices, {factored} of them factored".format_map(matrices) if matrices else "targets"
+    if matrices.get("pivot"):
+        which += f" ({matrices['pivot']} in pivot form)"
     asked = f"numbers stored for {which}; keep ratio asked for: {_number(keep['requested'], '.4f')}"
     yield "targets", _whole(count["targets_dense"]), _whole(count["targets"]), _number(keep["achieved"], ".4f"), asked
     every = "all parameters of the model, tied ones once"
@@ -205,6 +225,18 @@ def _perplexity_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
         text = text or "not measured: no text"
         ratio = _quotient(values[key], values["dense"], ".3f")
         yield label, _number(values["dense"], ".5g"), _number(values[key], ".5g"), ratio, text
+
+
+def _prediction_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
+    predicted = record.get("predicted") or {}
+    if predicted.get("nats") is None:
+        return
+    measured = predicted.get("measured_nats")
+    ratio = _number(None if measured is None else math.exp(min(measured, 700.0)), ".3f")
+    text = "nats per token: ln of the perplexity's ratio, one-shot"
+    yield "loss rise, measured", "", _number(measured, ".4f"), ratio, text
+    ratio = _number(predicted.get("perplexity_ratio"), ".3f")
+    yield "loss rise, predicted", "", _number(predicted["nats"], ".4f"), ratio, "an estimate, from the calibration text"
 
 
 def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
@@ -241,7 +273,8 @@ def _quotient(value: float | None, reference: float | None, form: str) -> str:
 def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     """Draw the rank of every matrix of a plan as a map, layer by projection, and save it as PNG.
 
-    Colour is the rank as a share of min(rows, columns), the number is the rank; matrices that stay dense are hatched.
+    Colour is the rank as a share of min(rows, columns), the number is the rank; matrices that stay dense are hatched,
+    those in pivot form have a frame.
     The layer is the first number in a module's name; names without one share one unnumbered column.
 
     Raises:
@@ -265,7 +298,64 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
         loc="left",
         wrap=True,
     )
-    with _replacing(Path(path)) as partial:
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, format="png")
+
+
+def plot_prediction(
+    points: Sequence[tuple[float, float]], path: str | os.PathLike[str], *, keep_ratio: float, nats: float | None
+) -> None:
+    """Draw the predicted rise of the loss against the keep ratio, and save it as PNG.
+
+    Args:
+        points: ``(keep_ratio, nats per token)``; what is not above 0 has no place on the logarithmic axis.
+        path: To write.
+        keep_ratio: Of the recipe, which is marked.
+        nats: Predicted for the recipe's own plan, if known.
+
+    Raises:
+        ExportError: If the file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    shown = sorted(point for point in points if point[1] > 0)
+    figure = Figure(figsize=(7.2, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.axvline(keep_ratio, color="#D55E00", linewidth=1.2, linestyle=(0, (5, 3)))
+    axes.plot(*zip(*shown, strict=True), color="#0072B2", linewidth=2, marker="o", markersize=4)
+    if nats is not None and nats > 0:
+        axes.plot([keep_ratio], [nats], color="#D55E00", marker="D", markersize=7, linestyle="none")
+        label = (
+            f"the recipe: keep ratio {keep_ratio:g},\n{nats:.3g} nats, perplexity × {math.exp(min(nats, 700.0)):.3f}"
+        )
+        right = keep_ratio > 0.62
+        place: dict[str, Any] = {"xytext": (-12 if right else 12, 10), "textcoords": "offset points"}
+        side = "right" if right else "left"
+        box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+        axes.annotate(label, (keep_ratio, nats), ha=side, fontsize=9, color="#B34700", bbox=box, **place)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=[1.0, 2.0, 5.0]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    factors = axes.secondary_yaxis("right")
+    factors.yaxis.set_major_locator(LogLocator(subs=[1.0, 2.0, 5.0]))
+    factors.yaxis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{math.exp(min(value, 700.0)):{'.4g' if value >= 0.01 else '.5g'}}")
+    )
+    factors.yaxis.set_minor_formatter(NullFormatter())
+    factors.set_ylabel("perplexity, times the dense model's")
+    axes.set_xlabel("keep ratio of the target matrices")
+    axes.set_ylabel("predicted rise of the loss, nats per token")
+    axes.set_title("Predicted, not measured: statistics of the dense model, knapsack ranks", fontsize=10, loc="left")
+    axes.grid(color="#DDDDDD", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines["top"].set_visible(False)
+    for part in (axes, factors):
+        part.tick_params(labelsize=9, which="both")
+    with replacing(Path(path)) as partial:
         figure.savefig(partial, format="png")
 
 
@@ -302,16 +392,18 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], Matr
     from matplotlib.colors import Normalize
     from matplotlib.patches import Patch, Rectangle
 
-    shares = [_share(matrix) for matrix in cells.values() if matrix.form == "factored"]
+    shares = [_share(matrix) for matrix in cells.values() if matrix.form != "dense"]
     # Matplotlib's annotations ask for arrays where it takes a number as well.
     scale: Any = ScalarMappable(Normalize(0.0, max(shares, default=1.0)), colormaps["viridis"])
     dense: dict[str, Any] = {"facecolor": "#eeeeee", "edgecolor": "#999999", "hatch": "////", "linewidth": 0.0}
+    pivot: dict[str, Any] = {"edgecolor": "#d62728", "linewidth": 1.0}
     for (column, row), matrix in cells.items():
         corner = (column - 0.48, row - 0.46)
         if matrix.form == "dense":
             axes.add_patch(Rectangle(corner, 0.96, 0.92, **dense))
             continue
-        axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=scale.to_rgba(_share(matrix))))
+        frame = pivot if matrix.form == "pivot" else {}
+        axes.add_patch(Rectangle(corner, 0.96, 0.92, facecolor=scale.to_rgba(_share(matrix)), **frame))
         if numbers:
             ink = "black" if scale.norm(_share(matrix)) > 0.6 else "white"
             axes.text(column, row, str(matrix.rank), ha="center", va="center", fontsize=7, color=ink)
@@ -319,9 +411,12 @@ def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], Matr
         bar = figure.colorbar(scale, ax=axes, pad=0.015, aspect=24)
         bar.set_label("rank / full rank", fontsize=8)
         bar.ax.tick_params(labelsize=7)
-    if len(shares) < len(cells):
-        key: dict[str, Any] = {"loc": "outside lower right", "fontsize": 7, "frameon": False}
-        figure.legend(handles=[Patch(label="stays dense", **dense)], **key)
+    forms = {matrix.form for matrix in cells.values()}
+    handles = [Patch(label="stays dense", **dense)] if "dense" in forms else []
+    handles += [Patch(label="pivot form", facecolor="none", **pivot)] if "pivot" in forms else []
+    if handles:
+        key: dict[str, Any] = {"loc": "outside lower right", "fontsize": 7, "frameon": False, "ncols": len(handles)}
+        figure.legend(handles=handles, **key)
 
 
 def _share(matrix: MatrixPlan) -> float:

@@ -42,10 +42,14 @@ class BlockCalls:
         """Run block ``index`` on the hidden states and keep what it returns, on the device that the first states came
         from."""
         assert self.hidden is not None
-        args, kwargs = to_device(self.arguments[index], device)
-        home = self.hidden.device
-        self.hidden = _states(block(to_device(self.hidden, device), *args, **kwargs)).to(home)
+        self.hidden = self.run(block, index, self.hidden, device)
         self.arguments[index] = ((), {})  # the masks of a finished block are of no more use
+
+    def run(self, block: nn.Module, index: int, hidden: Tensor, device: torch.device | None) -> Tensor:
+        """What block ``index`` returns for ``hidden``, on the device that ``hidden`` came from."""
+        args, kwargs = to_device(self.arguments[index], device)
+        result: Tensor = _states(block(to_device(hidden, device), *args, **kwargs))
+        return result.to(hidden.device)
 
 
 def capture_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> list[BlockCalls] | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import ModelError, NonFiniteError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
 
 _HEADS = frozenset({"score", "classifier"})
@@ -101,10 +101,10 @@ def dense_weight(module: nn.Module) -> Tensor:
     Raises:
         ModelError: If the module is no linear layer.
     """
-    if isinstance(module, FactoredLinear):
+    if isinstance(module, FactoredLayer):
         return module.weight
     if not _is_linear(module):
-        raise ModelError(f"{type(module).__name__} is no linear layer; give an nn.Linear, a Conv1D or a FactoredLinear")
+        raise ModelError(f"{type(module).__name__} is no linear layer; give an nn.Linear, a Conv1D or a factored layer")
     weight = cast(Tensor, module.weight)
     return weight.T if _is_conv1d(module) else weight
 
@@ -141,8 +141,8 @@ def replace_module(model: nn.Module, target: Target, new: nn.Module) -> None:
 def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     """Give the model the plan's layout, to load factored weights into it.
 
-    Every matrix that the plan factors becomes a ``FactoredLinear`` of its rank, on the same device and in the same
-    dtype, with NaN for weights; one that has this form already is left as it is.
+    Every matrix that the plan factors becomes a ``FactoredLinear`` or ``PivotLinear`` of its rank, on the same device
+    and in the same dtype, with NaN for weights; one that has this form already is left as it is.
 
     Raises:
         PlanError: If the plan does not fit the model; the model is then unchanged.
@@ -151,10 +151,10 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     names = _names_by_module(model)
     for matrix in plan.matrices:
         module = model.get_submodule(matrix.name)
-        if matrix.form == "dense" or isinstance(module, FactoredLinear):
+        if matrix.form == "dense" or isinstance(module, FactoredLayer):
             continue
         weight, (_, own) = cast(Tensor, module.weight), names[id(module)]
-        new = FactoredLinear.empty(
+        new = LAYER_OF_FORM[matrix.form].empty(
             matrix.columns,
             matrix.rows,
             matrix.rank,
@@ -174,8 +174,8 @@ def check_applied(model: nn.Module, plan: RankPlan) -> None:
     """
     plan.check(model)
     modules = dict(model.named_modules(remove_duplicate=False))
-    factored = [matrix.name for matrix in plan.matrices if matrix.form == "factored"]
-    pending = [name for name in factored if not isinstance(modules[name], FactoredLinear)]
+    factored = [matrix.name for matrix in plan.matrices if matrix.form != "dense"]
+    pending = [name for name in factored if not isinstance(modules[name], FactoredLayer)]
     if pending:
         raise ModelError(
             f"'{pending[0]}' is still dense in the model and factored in the plan "
@@ -197,7 +197,7 @@ def to_dense(model: nn.Module, names: Sequence[str] | None = None) -> None:
     found = {
         name: Target(own[0], module, own[1:])
         for module, own in _names_by_module(model).values()
-        if isinstance(module, FactoredLinear)
+        if isinstance(module, FactoredLayer)
         for name in own
     }
     chosen = list(found) if names is None else list(names)
@@ -205,7 +205,7 @@ def to_dense(model: nn.Module, names: Sequence[str] | None = None) -> None:
         if name not in found:
             raise ModelError(f"'{name}' is no factored layer; nearest: {_nearest(name, list(found))}")
     for target in {id(found[name].module): found[name] for name in chosen}.values():
-        replace_module(model, target, _product(target.name, cast(FactoredLinear, target.module)))
+        replace_module(model, target, _product(target.name, cast(FactoredLayer, target.module)))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -234,7 +234,7 @@ def target_parameters(model: nn.Module, plan: RankPlan) -> int:
     weights: list[Tensor] = []
     for matrix in plan.matrices:
         module = model.get_submodule(matrix.name)
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLayer):
             weights += [module.outer.weight, module.inner.weight]
         else:
             weights.append(cast(Tensor, module.weight))
@@ -251,8 +251,8 @@ def _unique(tensors: Iterator[Any] | Sequence[Tensor]) -> list[Tensor]:
     return list(found.values())
 
 
-def _product(name: str, layer: FactoredLinear) -> nn.Linear:
-    outer, inner, bias = layer.outer.weight, layer.inner.weight, layer.outer.bias
+def _product(name: str, layer: FactoredLayer) -> nn.Linear:
+    (outer, inner), bias = layer.factors(), layer.bias
     dtype = torch.promote_types(outer.dtype, torch.float32)
     with torch.no_grad():
         weight = (outer.to(dtype) @ inner.to(dtype)).to(outer.dtype)
@@ -261,7 +261,7 @@ def _product(name: str, layer: FactoredLinear) -> nn.Linear:
             f"the product of the factors of '{name}' is not finite in {outer.dtype}; use a wider dtype"
         )
     dense = nn.Linear(layer.in_features, layer.out_features, bias=bias is not None, device="meta", dtype=outer.dtype)
-    dense.weight = nn.Parameter(weight, requires_grad=outer.requires_grad or inner.requires_grad)
+    dense.weight = nn.Parameter(weight, requires_grad=any(part.requires_grad for part in layer.parameters()))
     if bias is not None:
         dense.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
     return dense
@@ -319,7 +319,7 @@ def _get_submodule(model: nn.Module, name: str) -> nn.Module | None:
 def _inside_factored(model: nn.Module, name: str) -> bool:
     parents = name.split(".")[:-1]
     return any(
-        isinstance(model.get_submodule(".".join(parents[:depth])), FactoredLinear) for depth in range(len(parents) + 1)
+        isinstance(model.get_submodule(".".join(parents[:depth])), FactoredLayer) for depth in range(len(parents) + 1)
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,7 +19,8 @@ from lowrank_lit.folders import read_shapes
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import apply_plan
 
-_FACTOR = re.compile(r"\.(inner\.weight|outer\.(weight|bias))$")
+_FACTOR = re.compile(r"\.(inner\.weight|outer\.(weight|bias)|positions)$")
+_GUARD = (0,)
 
 
 def fit_names(plan: RankPlan, model: PreTrainedModel) -> tuple[RankPlan, tuple[str, ...]]:
@@ -53,9 +55,12 @@ def check_weights(model: PreTrainedModel, plan: RankPlan, dropped: tuple[str, ..
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found, converted = _names_in_model(model, read_shapes(files), expected)
+    names = {matrix.name for matrix in plan.matrices if matrix.form != "dense"}
     planned = tuple(f"{matrix.name}." for matrix in plan.matrices)
     again = f"in the weight files of '{os.path.dirname(files[0])}'; export the model again"
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    # The row order of a pivot form; other buffers are the model's affair.
+    parameters |= {name: buffer for name, buffer in model.named_buffers() if name.startswith(planned)}
     missing = _missing(model, parameters, found.keys())
     if converted or not _is_exported_class(model):
         missing = [name for name in missing if name.startswith(planned)]
@@ -68,12 +73,14 @@ def check_weights(model: PreTrainedModel, plan: RankPlan, dropped: tuple[str, ..
                 raise ExportError(f"tensor '{name}' has shape {shape}, the plan needs {expected[name]}, {again}")
             continue
         candidates = (name, name.removeprefix(prefix), prefix + name)
+        if shape == _GUARD and any(candidate.removesuffix(".weight") in names for candidate in candidates):
+            continue
         belongs = _FACTOR.search(name) or any(candidate.startswith(planned) for candidate in candidates)
         if belongs and not name.startswith(heads):
             raise ExportError(f"tensor '{name}' has no place in the plan {again}")
 
 
-def _missing(model: PreTrainedModel, parameters: Mapping[str, nn.Parameter], found: Iterable[str]) -> list[str]:
+def _missing(model: PreTrainedModel, parameters: Mapping[str, Tensor], found: Iterable[str]) -> list[str]:
     """Parameters that are in no file, neither by themselves nor through a tied weight or a shared module."""
     names = set(found)
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
@@ -109,13 +116,18 @@ def _names_in_model(
 def check_initialised(model: PreTrainedModel, plan: RankPlan) -> None:
     """For weights given as a dictionary, which only transformers sees: it marks what it loaded."""
     planned = tuple(f"{matrix.name}." for matrix in plan.matrices)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         if name.startswith(planned) and not getattr(parameter, "_is_hf_initialized", False):
             raise ExportError(f"tensor '{name}' is missing from state_dict; give every factor of the plan")
 
 
 def weights_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The state dict in the layout that loading will build, cast and checked; tied tensors stay tied."""
+    """The state dict in the layout that loading will build, cast and checked; tied tensors stay tied.
+
+    With the guard of a factored model: an empty tensor under the name that one weight had before it was factored.
+    transformers without this package does not know the plan, builds the dense model and would leave that weight to
+    chance with no more than a report; at a tensor of another shape it raises an error.
+    """
     skeleton = _skeleton(model, plan)
     expected = skeleton.state_dict()
     weights: dict[str, Tensor] = model.state_dict()
@@ -142,6 +154,52 @@ def weights_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.
                 f"'{name}' has shape {tuple(weights[name].shape)} in the model and {tuple(expected[name].shape)} "
                 "by its config; make the two agree"
             )
+    guarded = next((matrix.name for matrix in plan.matrices if matrix.form != "dense"), None) if plan else None
+    if guarded is not None:
+        weights[f"{guarded}.weight"] = torch.empty(_GUARD, dtype=weights[f"{guarded}.inner.weight"].dtype)
+    return weights
+
+
+def expect_guard(model: PreTrainedModel, plan: RankPlan) -> None:
+    """Keep the guard of a folder out of the report of unexpected weights that transformers writes."""
+    names = [re.escape(matrix.name) for matrix in plan.matrices if matrix.form != "dense"]
+    if names:
+        # An attribute of this model, not of its class.
+        known = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.)({'|'.join(names)})\.weight$"}
+
+
+def read_truncated(files: Iterable[str | os.PathLike[str]], plan: RankPlan) -> dict[str, Tensor]:
+    """The tensors of weight files, of a factored matrix the components alone that ``plan`` keeps; reads no others.
+
+    Args:
+        files: safetensors files of an export in nested order.
+        plan: A plan of ranks no larger than those in the files.
+
+    Raises:
+        ExportError: If a factor has fewer components than the plan needs, or none is there.
+    """
+    ranks = {matrix.name: matrix.rank for matrix in plan.matrices if matrix.form == "factored"}
+    wanted = {f"{name}.inner.weight": (slice(rank), slice(None)) for name, rank in ranks.items()}
+    wanted |= {f"{name}.outer.weight": (slice(None), slice(rank)) for name, rank in ranks.items()}
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        with safe_open(os.fspath(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                if name not in wanted:
+                    if name.removesuffix(".weight") not in ranks:  # the guard
+                        weights[name] = opened.get_tensor(name)
+                    continue
+                weights[name] = opened.get_slice(name)[wanted[name]].contiguous()
+                side = 0 if wanted[name][1] == slice(None) else 1
+                if weights[name].shape[side] != wanted[name][side].stop:
+                    raise ExportError(
+                        f"tensor '{name}' in '{file}' has {weights[name].shape[side]} components, the plan needs "
+                        f"{wanted[name][side].stop}; export the model again"
+                    )
+    missing = [name for name in wanted if name not in weights]
+    if missing:
+        raise ExportError(f"tensor '{missing[0]}' is in no weight file; export the model again")
     return weights
 
 

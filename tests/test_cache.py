@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from lowrank_lit.cache import load_compression, save_compression
 from lowrank_lit.compress import CompressionResult, Settings, compress, fingerprint
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import FactoredLinear, PivotLinear
+from tests.test_surgery import factorise
 from tests.tiny import batches, tiny_model
 
 BATCHES = batches(n=8, structured=True)
@@ -25,19 +27,20 @@ def logits(model: Any) -> Tensor:
     return result
 
 
-def make(family: str = "qwen2", keep_ratio: float = 0.6) -> tuple[Any, CompressionResult]:
+def make(family: str = "qwen2", keep_ratio: float = 0.6, preset: str = "unirank") -> tuple[Any, CompressionResult]:
     """A compressed model; qwen2 has biases on some layers."""
     model = tiny_model(family)
-    return model, compress(model, BATCHES, keep_ratio=keep_ratio, min_rank=4)
+    return model, compress(model, BATCHES, keep_ratio=keep_ratio, preset=preset, min_rank=4)
 
 
 def is_dense(model: Any) -> bool:
     return not any(isinstance(module, FactoredLinear) for module in model.modules())
 
 
+@pytest.mark.parametrize("preset", ["unirank", "best"])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_comes_back_to_the_last_bit(family: str, tmp_path: Path) -> None:
-    model, result = make(family)
+def test_comes_back_to_the_last_bit(family: str, preset: str, tmp_path: Path) -> None:
+    model, result = make(family, preset=preset)
     save_compression(tmp_path / "kept" / "here", model, result)
     assert sorted(file.name for file in (tmp_path / "kept" / "here").iterdir()) == [
         "factors.safetensors",
@@ -52,8 +55,27 @@ def test_comes_back_to_the_last_bit(family: str, tmp_path: Path) -> None:
     assert loaded.record == json.loads(json.dumps(result.record))
     assert torch.equal(logits(again), logits(model))
     assert not torch.equal(logits(again), dense)
-    assert sum(isinstance(module, FactoredLinear) for module in again.modules()) >= 7
+    factored = sum(entry.form == "factored" for entry in result.plan.matrices)
+    assert sum(isinstance(module, FactoredLinear) for module in again.modules()) == factored >= 4
     assert all(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_a_pivot_form_comes_back_to_the_last_bit(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    plan = replace(factorise(model, rank=9, form="pivot"), fingerprint="0123")
+    save_compression(tmp_path, model, CompressionResult(plan, {"notes": []}))
+    again = tiny_model(family)
+    loaded = load_compression(tmp_path, again, "0123")
+    assert loaded is not None
+    assert loaded.plan == plan
+    assert torch.equal(logits(again), logits(model))
+    assert sum(isinstance(module, PivotLinear) for module in again.modules()) == len(plan.matrices)
+    tensors = load_file(tmp_path / "factors.safetensors")
+    del tensors[f"{plan.matrices[0].name}.positions"]
+    save_file(tensors, tmp_path / "factors.safetensors")
+    with pytest.warns(UserWarning, match="do not fit their plan"):
+        assert load_compression(tmp_path, tiny_model(family), "0123") is None
 
 
 def test_frozen_layers_stay_frozen(tmp_path: Path) -> None:

@@ -66,6 +66,22 @@ def test_moments_equal_brute_force(family: str) -> None:
             torch.testing.assert_close(statistics.output_moment, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_magnitudes_and_whole_input_moments_equal_brute_force(family: str) -> None:
+    model = tiny_model(family).double()
+    data = batches(padding=True, n=2)
+    found = run(model, data, moments=frozenset({"magnitude", "input_full"}), importance=False)
+    assert found.mode == "blocks"
+    for name, x in recorded_inputs(model, data).items():
+        statistics = found.statistics[name]
+        assert statistics.output_moment is None
+        assert statistics.input_moment is not None
+        assert statistics.input_magnitude is not None
+        torch.testing.assert_close(statistics.input_moment, x.mT @ x / len(x), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(statistics.input_magnitude, x.abs().mean(0), rtol=1e-10, atol=1e-12)
+        assert statistics.input_energy == pytest.approx(float(x.square().sum()) / len(x), rel=1e-10)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_block_by_block_equals_whole(family: str) -> None:
     model = tiny_model(family, seed=1).double()

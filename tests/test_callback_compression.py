@@ -160,7 +160,7 @@ def test_a_second_run_takes_the_kept_compression(
         states.append(logits(module, data))
     assert counts[0] > 0
     assert counts[1] == 0
-    assert counts[2] == counts[0]
+    assert counts[2] > 0
     assert torch.equal(states[0], states[1])
     assert not torch.equal(states[0], states[2])
     first, second, third = results
@@ -247,7 +247,7 @@ def test_bad_settings_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match="allocator"):
         LowRankCompression(0.5, allocator="none such")
     settings = LowRankCompression(0.5, targets=["*.mlp.*"]).settings()
-    assert (settings["keep_ratio"], settings["targets"], settings["metric"]) == (0.5, ["*.mlp.*"], "input")
+    assert (settings["keep_ratio"], settings["targets"], settings["metric"]) == (0.5, ["*.mlp.*"], "two_sided")
 
 
 def test_only_a_fit_compresses(

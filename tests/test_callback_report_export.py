@@ -128,7 +128,8 @@ def test_record_is_complete(run: Run) -> None:
     for key in ("dense", "compressed"):
         assert record["perplexity"][key] == made.record["perplexity"][key] > 1
     assert record["fingerprint"] == made.plan.fingerprint
-    assert record["matrices"] == {"targets": 14, "factored": sum(m.form == "factored" for m in made.plan.matrices)}
+    factored = sum(matrix.form == "factored" for matrix in made.plan.matrices)
+    assert record["matrices"] == {"targets": 14, "factored": factored, "pivot": 0}
     assert record["data_hash"]["evaluation"] == data_hash([run.data.evaluation("test")])
     assert record["data_hash"]["calibration"] == made.record["calibration"]["hash"]
     assert record["perplexity"]["protocol"].startswith("test text, 6 blocks of 32 tokens")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -16,6 +19,7 @@ import torch
 import yaml
 
 from lowrank_lit import _scripts, cli
+from lowrank_lit.compress import Study
 from lowrank_lit.data import train_tokenizer
 from lowrank_lit.plan import RankPlan
 from tests.tiny import tiny_model
@@ -165,6 +169,7 @@ def test_help_without_a_recipe(run: Run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert "quickstart" in out
+    assert "  sweep  " in out
     code, out, _ = run("run", "--help")
     assert code == 0
     assert "--model.learning_rate" in out
@@ -172,6 +177,10 @@ def test_help_without_a_recipe(run: Run) -> None:
     code, out, _ = run("plan", "--help")
     assert code == 0
     assert "--dry-run" in out
+    code, out, _ = run("sweep", "--help")
+    assert code == 0
+    for option in ("--metric", "--keep-ratio", "--preset", "--seeds", "--split", "cells.jsonl"):
+        assert option in out
 
 
 def test_help_of_a_callback(run: Run) -> None:
@@ -238,6 +247,98 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
     }
 
 
+def test_plan_predicts_the_loss_from_one_pass(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    whole = Study._calibrate
+
+    def counted(self: Study, *arguments: Any) -> Any:
+        passes.append(arguments[0])
+        return whole(self, *arguments)
+
+    monkeypatch.setattr(Study, "_calibrate", counted)
+    options = ["--LowRankCompression.preset=unirank", "--LowRankCompression.metric=two_sided"]
+    code, out, err = run("plan", "tiny", *options)
+    assert code == 0, err
+    assert len(passes) == 1
+    assert "an estimate" in out
+    found = json.loads((tmp_path / "out/prediction.json").read_text())
+    nats = {point["keep_ratio"]: point["nats"] for point in found["points"]}
+    assert nats.keys() <= {round(0.3 + 0.05 * step, 2) for step in range(14)}
+    assert list(nats.values()) == sorted(nats.values(), reverse=True), "more is lost where less is kept"
+    assert "<- the recipe" in next(line for line in out.splitlines() if f"{nats[0.6]:.4f}" in line)
+    assert found["plan"]["nats"] == RankPlan.load(tmp_path / "out/plan.json").predicted_nats
+    assert (tmp_path / "out/prediction.png").stat().st_size > 5_000
+    code, out, err = run("plan", "tiny", "--LowRankCompression.preset=unirank", "--path=second/plan.json")
+    assert code == 0, err
+    assert "No prediction of the loss: metric='input' with allocator='unirank' collects no gradients" in out
+    assert [path.name for path in (tmp_path / "second").iterdir()] == ["plan.json"]
+    code, out, err = run("plan", "tiny", "--LowRankCompression.preset=unirank", "--LowRankCompression.metric=corda")
+    assert "No prediction of the loss: metric='corda' has no unit" in out
+
+
+def test_predicted_stands_beside_measured_in_the_record(run: Run, tmp_path: Path) -> None:
+    options = ["--LowRankCompression.preset=fast", "--trainer.callbacks+=RankReport"]
+    code, out, err = run("compress", "tiny", *options)
+    assert code == 0, err
+    record = json.loads((tmp_path / "out/record.json").read_text())
+    found, values = record["predicted"], record["perplexity"]
+    assert found["nats"] == RankPlan.load(tmp_path / "out/plan.json").predicted_nats
+    assert found["measured_nats"] == pytest.approx(math.log(values["compressed"] / values["dense"]))
+    rows = {line.strip().split("  ")[0]: line for line in out.splitlines()}
+    assert f"{found['nats']:.4f}" in rows["loss rise, predicted"]
+    assert "estimate" in rows["loss rise, predicted"]
+    assert f"{found['measured_nats']:.4f}" in rows["loss rise, measured"]
+
+
+def test_sweep(run: Run, tmp_path: Path) -> None:
+    """Cells from the command line, continued by a second run, failures told by the exit code."""
+    axes = ["--metric=input", "--metric", "identity", "--allocator", "uniform,unirank", "--seeds=2"]
+    code, out, err = run("sweep", "tiny", *axes, "--keep-ratio=0.6")
+    assert code == 0, err
+    folder = tmp_path / "out/sweep"
+    assert sorted(path.name for path in folder.iterdir()) == ["cells.jsonl", "sweep.csv", "sweep.md", "sweep.png"]
+    with (folder / "sweep.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    assert all(row["seeds"] == "0 1" and float(row["spread"]) > 0 for row in rows if row["metric"] == "input")
+    assert "[8/8]" in out
+    assert "4 blocks of 32 tokens" in out
+    code, out, err = run("sweep", "tiny", *axes, "--keep_ratio=0.6,0.001")
+    assert code == 1, "a cell failed"
+    assert "failed: identity + uniform, keep ratio 0.001: keep_ratio=0.001" in out
+    assert len((folder / "cells.jsonl").read_text().splitlines()) == 8 + 8
+    code, out, err = run("compress", "tiny", "--LowRankCompression.preset=unirank")
+    assert code == 0, err
+    code, out, err = run("evaluate", "tiny")
+    perplexity = float(out.splitlines()[2].split()[-1])
+    code, out, err = run("sweep", "tiny", "--preset=unirank", "--keep-ratio=0.6", "--seeds=1", "--path=other")
+    assert code == 0, err
+    with (tmp_path / "other/sweep.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["perplexity"]) == pytest.approx(perplexity, rel=1e-3)
+    assert row["spread"] == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--metric=inpt"], "metric='inpt' is unknown; choose one of identity"),
+        (["--preset=bst"], "preset='bst' is unknown; choose one of best, fast, unirank"),
+        (["--keep-ratio=0"], "keep_ratio=0.0 is outside"),
+        (["--seeds=0"], "option '--seeds': 0 is too small"),
+        (["--seeds=many"], "argument --seeds: invalid int value: 'many'"),
+        (["--split=train"], "argument --split: invalid choice: 'train'"),
+        (["--metrics=input"], "unknown option '--metrics'"),
+        (["--split=validation", "--metric=input"], "data.sources has no 'validation'"),
+    ],
+)
+def test_a_bad_sweep_is_refused_in_one_line(run: Run, tmp_path: Path, options: list[str], message: str) -> None:
+    code, _, err = run("sweep", "tiny", *options)
+    assert code == 2
+    assert message in last_line(err)
+    assert not (tmp_path / "out").exists(), "before anything is computed"
+
+
 def test_run_and_export_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
     options = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
     code, _, err = run("run", "tiny", *options)
@@ -260,6 +361,11 @@ def test_plan_dry_run_needs_no_weights(run: Run, workplace: Path) -> None:
     )
     assert f"Whole model: {model.num_parameters():,} parameters" in out
     assert f"{targets:,} parameters; kept at keep_ratio=0.6: {int(0.6 * targets):,}" in out
+    assert "forward and backward passes of the whole model on the device" in out, "of the preset's metric"
+    assert "weights of the whole model, for the backward pass" in out
+    code, out, err = run("plan", "tiny", "--dry-run", "--LowRankCompression.preset=unirank")
+    assert "one block at a time on the device" in out
+    assert "backward pass" not in out.split("recover")[0]
     code, out, err = run("plan", "tiny", "--dry-run", "--model.model=nobody/nothing")
     assert code == 2
     assert "--config_json FILE" in last_line(err)

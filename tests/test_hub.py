@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from transformers import (
 
 from lowrank_lit import hub
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, PlanError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import count_parameters, find_targets, target_parameters, to_dense
 from tests.test_surgery import factorise, output
@@ -50,9 +50,15 @@ def quiet() -> Iterator[None]:
     logging.enable_progress_bar()
 
 
-def factored(family: str = "llama", *, rank: int = 7, patterns: list[str] | None = None) -> tuple[Any, RankPlan]:
+def factored(
+    family: str = "llama",
+    *,
+    rank: int = 7,
+    patterns: list[str] | None = None,
+    form: Literal["factored", "pivot"] = "factored",
+) -> tuple[Any, RankPlan]:
     model = tiny_model(family)
-    return model, factorise(model, rank=rank, patterns=patterns)
+    return model, factorise(model, rank=rank, patterns=patterns, form=form)
 
 
 def read(path: Path, auto_class: Any = AutoModelForCausalLM, **settings: Any) -> Any:
@@ -115,6 +121,40 @@ def test_a_loaded_model_is_the_one_in_memory(family: str, tmp_path: Path) -> Non
     assert torch.equal(output(read(tmp_path / "again")), output(model))
     base.save_pretrained(tmp_path / "base")
     assert torch.equal(output(read(tmp_path / "base", AutoModel)), output(model.base_model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_pivot_form_is_loaded_as_it_was(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, plan = factored(family, form="pivot")
+    hub.export(model, plan, tmp_path / "out", dtype=dtype)
+    cast_weights(model, dtype)
+    for loaded in (
+        read(tmp_path / "out"),
+        hub.load(tmp_path / "out", attn_implementation="eager"),
+        read(tmp_path / "out", device_map="cpu"),
+    ):
+        assert torch.equal(output(loaded), output(model))
+        assert target_parameters(loaded, plan) == plan.parameters
+        layers = [module for module in loaded.modules() if isinstance(module, PivotLinear)]
+        assert len(layers) == len(plan.matrices)
+        assert {layer.positions.dtype for layer in layers} == {torch.int32}
+        assert any(layer.positions.tolist() != list(range(layer.out_features)) for layer in layers)
+    assert torch.equal(output(read(tmp_path / "out", AutoModel)), output(model.base_model))
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(output(read(tmp_path / "again")), output(model))
+    weights = dict(model.state_dict())
+    given = type(model).from_pretrained(None, config=loaded.config, state_dict=dict(weights), dtype=dtype)
+    assert torch.equal(output(given), output(model))
+    name = f"{plan.matrices[3].name}.positions"
+    del weights[name]
+    # GPT-2's own initialisation reads the weight of every layer and meets the missing rows first.
+    with pytest.raises((ExportError, IndexError), match=rf"'{name}' is missing from state_dict|out of bounds"):
+        type(model).from_pretrained(None, config=loaded.config, state_dict=weights)
+    edited(lambda stored: stored.pop(name))(tmp_path / "out")
+    for auto_class in (AutoModelForCausalLM, AutoModel):
+        with pytest.raises(ExportError, match=r"positions' is missing"):
+            read(tmp_path / "out", auto_class)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "auto"])
@@ -392,6 +432,20 @@ def test_plans_and_formats_that_cannot_be_read(folder: Path) -> None:
         read(folder)
 
 
+def test_a_folder_of_the_first_release(folder: Path, exported: tuple[Path, Any, RankPlan]) -> None:
+    """A plan of version 1, and no guard."""
+    _, model, plan = exported
+    config = json.loads((folder / "config.json").read_text())
+    entry = config["quantization_config"]["plan"]
+    entry["format_version"] = 1
+    for key in ("preset", "feedback", "storage", "predicted_nats", "nested", "order"):
+        del entry[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    edited(lambda weights: weights.pop(f"{plan.matrices[0].name}.weight"))(folder)
+    for loader in (read, lambda path: hub.load(path, attn_implementation="eager")):
+        assert torch.equal(output(loader(folder)), output(model))
+
+
 def test_load_gives_one_line_where_transformers_gives_many(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nowhere' is no folder"):
         hub.load(tmp_path / "nowhere")
@@ -559,6 +613,34 @@ def test_a_fresh_interpreter(exported: tuple[Path, Any, RankPlan], tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert "MISSING" not in done.stderr
     assert torch.equal(torch.load(tmp_path / "logits"), output(model, **batch))
+
+
+WITHOUT_IMPORT = """
+import sys
+from transformers import AutoModel, AutoModelForCausalLM
+for auto_class in (AutoModelForCausalLM, AutoModel):
+    try:
+        auto_class.from_pretrained(sys.argv[1])
+    except RuntimeError as error:
+        assert "mismatch" in str(error), error
+    else:
+        raise SystemExit("a model of random weights was loaded")
+"""
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("form", ["factored", "pivot"])
+def test_without_the_import_it_is_an_error(family: str, form: Literal["factored", "pivot"], tmp_path: Path) -> None:
+    """transformers alone builds the dense model; one tensor of another shape keeps it from inventing the weights."""
+    model, plan = factored(family, form=form)
+    hub.export(model, plan, tmp_path / "out")
+    assert load_file(tmp_path / "out" / WEIGHTS)[f"{plan.matrices[0].name}.weight"].shape == (0,)
+    command = [sys.executable, "-c", WITHOUT_IMPORT, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{plan.matrices[0].name}.weight" in done.stderr  # the report names it
+    _, report = read(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values())  # and with the import nobody hears of it
 
 
 def test_nothing_here_is_vacuous(exported: tuple[Path, Any, RankPlan]) -> None:

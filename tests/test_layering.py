@@ -23,18 +23,19 @@ import lowrank_lit
 PACKAGE = Path(lowrank_lit.__file__).parent
 # From the inside out. A folder stands for all its modules. A module that is in no group fails the test: add it here.
 GROUPS: tuple[tuple[str, ...], ...] = (
-    ("_version", "errors", "linalg"),
+    ("_version", "errors", "linalg", "pivot"),
     ("statistics",),
-    ("streaming", "dataflow", "residual", "calibration", "metrics", "spectrum"),
-    ("allocation", "plan"),
+    ("streaming", "dataflow", "residual", "gradients", "calibration", "metrics", "spectrum"),
+    ("allocation", "plan", "settings"),
     ("layers", "surgery"),
-    ("compress", "cache", "refit", "recovery", "evaluation", "folders", "weights", "hub", "report", "estimate"),
+    ("evidence", "refit", "selection", "probes"),
+    ("compress", "sweep", "cache", "recovery", "evaluation", "folders", "weights", "hub", "report", "estimate"),
     ("corpus", "data", "module", "strategies"),
     ("callbacks", "recipes"),
     ("_recipes", "_scripts", "_tables"),
     ("_settings",),
     ("_session",),
-    ("_dry_run", "_stages", "cli", "__main__"),
+    ("_dry_run", "_stages", "_prediction", "_sweep", "cli", "__main__"),
 )
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

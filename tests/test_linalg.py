@@ -6,7 +6,18 @@ import pytest
 import torch
 
 from lowrank_lit.errors import NonFiniteError
-from lowrank_lit.linalg import balance, damp, numerical_rank, orthonormalise, require_finite, symmetric_eigen
+from lowrank_lit.linalg import (
+    balance,
+    damp,
+    dual_roots,
+    equalise,
+    floor_weights,
+    left_singular,
+    numerical_rank,
+    orthonormalise,
+    require_finite,
+    symmetric_eigen,
+)
 
 
 def test_symmetric_eigen_rebuilds_the_matrix_largest_first() -> None:
@@ -64,3 +75,68 @@ def test_require_finite_names_what_and_counts() -> None:
     values = torch.tensor([1.0, float("nan"), float("inf")])
     with pytest.raises(NonFiniteError, match=r"the weight of layer 'a\.b': 2 of 3 values"):
         require_finite(values, "the weight of layer 'a.b'")
+
+
+@pytest.mark.parametrize("shape", [(6, 11), (11, 6), (7, 7)])
+@pytest.mark.parametrize("rank", [7, 3])
+def test_left_singular_is_the_svd(shape: tuple[int, int], rank: int) -> None:
+    rows, columns = shape
+    matrix = torch.randn(rows, rank, dtype=torch.float64) @ torch.randn(rank, columns, dtype=torch.float64)
+    values, left = left_singular(matrix)
+    u, s, _ = torch.linalg.svd(matrix, full_matrices=False)
+    # Zero singular values included: roots of the Gram matrix's eigenvalues would be 1e-8 of the largest.
+    torch.testing.assert_close(values, s, rtol=1e-12, atol=1e-13 * float(s[0]))
+    p = min(shape)
+    torch.testing.assert_close(left.mT @ left, torch.eye(p, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    k = min(rank, p)
+    torch.testing.assert_close(left[:, :k] @ left[:, :k].mT, u[:, :k] @ u[:, :k].mT, rtol=1e-9, atol=1e-9)
+
+
+def test_left_singular_of_zeros() -> None:
+    for shape in ((3, 5), (5, 3)):
+        values, left = left_singular(torch.zeros(shape, dtype=torch.float64))
+        assert values.tolist() == [0, 0, 0]
+        torch.testing.assert_close(left.mT @ left, torch.eye(3, dtype=torch.float64))
+
+
+def test_dual_roots_of_a_damped_and_of_a_singular_moment() -> None:
+    factor = torch.randn(8, 3, dtype=torch.float64)
+    singular = factor @ factor.mT
+    for moment, rounding in ((damp(singular, 1e-4), 1e-12), (singular, 1e-7)):
+        root, dual = dual_roots(moment)
+        torch.testing.assert_close(root @ root.mT, moment, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(dual.mT @ root, torch.eye(8, dtype=torch.float64), rtol=rounding, atol=rounding)
+
+
+def test_floor_weights_raises_only_the_smallest() -> None:
+    weights = torch.tensor([0.0, 1.0, 3.0])
+    assert floor_weights(weights, 0.0).tolist() == [0, 1, 3]
+    assert floor_weights(weights, 0.75).tolist() == [1, 1, 3]
+    assert floor_weights(100 * weights, 0.75).tolist() == [100, 100, 300]
+
+
+def test_equalise_keeps_every_component() -> None:
+    scales = torch.tensor([1e-100, 1.0, 1e100, 3.0], dtype=torch.float64)
+    outer = torch.randn(5, 4, dtype=torch.float64)
+    inner = torch.randn(4, 6, dtype=torch.float64)
+    inner[3] = 0
+    one, other = equalise(outer * scales, inner / scales[:, None])
+    torch.testing.assert_close(one.norm(dim=0), other.norm(dim=1), rtol=1e-14, atol=0)
+    assert not one[:, 3].any()
+    for i in range(4):
+        torch.testing.assert_close(
+            one[:, i : i + 1] @ other[i : i + 1], outer[:, i : i + 1] @ inner[i : i + 1], rtol=1e-12, atol=1e-300
+        )
+
+
+def test_balance_survives_extreme_scales() -> None:
+    outer = torch.randn(10, 4, dtype=torch.float64)
+    inner = torch.randn(4, 7, dtype=torch.float64)
+    scales = torch.tensor([1e-100, 1e-8, 1.0, 1e100], dtype=torch.float64)
+    left, right = balance(outer * scales, inner / scales[:, None])
+    torch.testing.assert_close(left @ right, outer @ inner, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.linalg.svdvals(left), torch.linalg.svdvals(right))
+    for dead in (torch.zeros_like(outer), outer):
+        left, right = balance(dead, torch.zeros_like(inner))
+        assert not (left @ right).any()
+        assert bool(torch.isfinite(left).all() and torch.isfinite(right).all())

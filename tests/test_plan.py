@@ -14,20 +14,21 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowrank_lit.errors import ExportError, PlanError
-from lowrank_lit.layers import FactoredLinear
-from lowrank_lit.plan import MatrixPlan, RankPlan
+from lowrank_lit.layers import FactoredLinear, PivotLinear
+from lowrank_lit.plan import FORMAT_VERSION, MatrixPlan, RankPlan
 from tests.tiny import tiny_model
 
 
 @st.composite
 def matrix_plans(draw: st.DrawFn, name: str) -> MatrixPlan:
-    rows, columns = draw(st.integers(1, 50)), draw(st.integers(1, 50))
+    rows, columns = draw(st.integers(2, 50)), draw(st.integers(1, 50))
+    form = draw(st.sampled_from(["factored", "dense", "pivot"]))
     return MatrixPlan(
         name,
         rows,
         columns,
-        draw(st.sampled_from(["factored", "dense"])),
-        draw(st.integers(1, min(rows, columns))),
+        form,
+        draw(st.integers(1, min(rows - (form == "pivot"), columns))),
         draw(st.none() | st.floats(allow_nan=False, allow_infinity=False)),
         draw(st.none() | st.floats(0, 1)),
     )
@@ -43,6 +44,10 @@ def plans(draw: st.DrawFn) -> RankPlan:
         "unirank",
         draw(st.text("0123456789abcdef", max_size=8)),
         tuple(draw(st.lists(st.text(max_size=9), max_size=2))),
+        preset=draw(st.sampled_from(["", "best"])),
+        feedback=draw(st.sampled_from(["none", "anchored"])),
+        storage=draw(st.sampled_from(["factored", "pivot"])),
+        predicted_nats=draw(st.none() | st.floats(0, 9)),
     )
 
 
@@ -52,6 +57,7 @@ def plan_of(*matrices: MatrixPlan, **changes: Any) -> RankPlan:
 
 A = MatrixPlan("a", 6, 4, "factored", 2, importance=0.5, kept_energy=0.9)
 B = MatrixPlan("b", 3, 5, "dense", 3)
+P = MatrixPlan("a", 6, 4, "pivot", 2)
 
 
 def test_counting() -> None:
@@ -62,6 +68,11 @@ def test_counting() -> None:
     assert plan.keep_ratio == 35 / 39
 
 
+def test_the_pivot_form_saves_the_square_of_the_rank_and_costs_the_matrix_at_full_rank() -> None:
+    assert P.parameters == A.parameters - 2**2 == 2 * (6 + 4 - 2)
+    assert replace(P, rank=4).parameters == P.dense_parameters == 24
+
+
 def test_a_rank_that_saves_nothing_is_counted_as_it_is() -> None:
     assert MatrixPlan("a", 6, 4, "factored", 4).parameters == 40  # more than the 24 of the matrix
 
@@ -70,10 +81,38 @@ def test_a_rank_that_saves_nothing_is_counted_as_it_is() -> None:
 @given(plan=plans())
 def test_dictionary_and_json_round_trip(plan: RankPlan) -> None:
     values = json.loads(json.dumps(plan.to_dict()))
-    assert values["format_version"] == 1
+    assert values["format_version"] == FORMAT_VERSION == 2
     again = RankPlan.from_dict(values)
     assert again == plan
     assert again.digest() == plan.digest()
+
+
+def test_a_file_of_version_1_is_read() -> None:
+    """What release 0.1 wrote, to the letter."""
+    values = {
+        "format_version": 1,
+        "matrices": [
+            {
+                "name": "a",
+                "rows": 6,
+                "columns": 4,
+                "form": "factored",
+                "rank": 2,
+                "importance": 0.5,
+                "kept_energy": 0.9,
+            },
+            {"name": "b", "rows": 3, "columns": 5, "form": "dense", "rank": 3, "importance": None, "kept_energy": None},
+        ],
+        "requested_keep_ratio": 0.5,
+        "metric": "input",
+        "allocator": "uniform",
+        "fingerprint": "ab",
+        "notes": ["first"],
+    }
+    plan = RankPlan.from_dict(values)
+    assert plan == plan_of(A, B, fingerprint="ab", notes=("first",))
+    assert (plan.preset, plan.feedback, plan.storage, plan.predicted_nats) == ("", "none", "factored", None)
+    assert (plan.nested, plan.order) == (False, ())
 
 
 def test_digest_depends_on_content() -> None:
@@ -140,7 +179,8 @@ def test_missing_and_binary_files(tmp_path: Path) -> None:
         ({"rank": True}, "rank=True"),
         ({"rank": 0}, "rank=0"),
         ({"rank": 5}, "rank=5 of matrix 'a' is more than a matrix of 6 x 4"),
-        ({"form": "pivot"}, "form='pivot'"),
+        ({"form": "sparse"}, "form='sparse'"),
+        ({"form": "pivot", "rows": 4, "rank": 4}, "rank=4 of matrix 'a' leaves no row .* below 4"),
         ({"importance": math.nan}, "importance=nan"),
         ({"kept_energy": math.inf}, "kept_energy=inf"),
         ({"kept_energy": "1"}, "kept_energy='1'"),
@@ -170,7 +210,14 @@ def test_bad_matrix(changes: dict[str, Any], message: str) -> None:
         ({"notes": [1]}, "notes="),
         ({"surplus": 1}, "unknown key 'surplus'"),
         ({"format_version": None}, "format_version=None"),
-        ({"format_version": 2}, "format_version=2 .* newer than this release reads \\(1\\); upgrade"),
+        ({"format_version": 3}, "format_version=3 .* newer than this release reads \\(2\\); upgrade"),
+        ({"preset": None}, "preset=None"),
+        ({"storage": 1}, "storage=1"),
+        ({"predicted_nats": math.nan}, "predicted_nats=nan"),
+        ({"nested": "yes"}, "nested='yes'"),
+        ({"order": "%%"}, "order of the plan is garbled"),
+        ({"order": [0]}, "order of the plan is garbled"),
+        ({"order": "eJw="}, "order of the plan is garbled"),
     ],
 )
 def test_bad_plan(changes: dict[str, Any], message: str) -> None:
@@ -215,6 +262,20 @@ def test_check_reads_conv1d_the_right_way_round() -> None:
     plan_of(MatrixPlan(name, rows, columns, "factored", 3)).check(model)
     with pytest.raises(PlanError, match=f"{rows} x {columns} in the model and {columns} x {rows} in the plan"):
         plan_of(MatrixPlan(name, columns, rows, "factored", 3)).check(model)
+
+
+def test_check_of_a_pivot_form() -> None:
+    model, plan = Small(), plan_of(P, B)
+    plan.check(model)
+    model.a = PivotLinear(4, 6, 2)
+    plan.check(model)
+    with pytest.raises(PlanError, match="'a' is in pivot form at rank 2 in the model and factored in the plan"):
+        plan_of(A, B).check(model)
+    with pytest.raises(PlanError, match="'a' has rank 2 in the model and 3 in the plan"):
+        plan_of(replace(P, rank=3), B).check(model)
+    model.a = FactoredLinear(4, 6, 2)
+    with pytest.raises(PlanError, match="'a' is factored at rank 2 in the model and in pivot form in the plan"):
+        plan.check(model)
 
 
 @pytest.mark.parametrize(

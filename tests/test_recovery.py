@@ -12,20 +12,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import FactoredLayer, FactoredLinear, PivotLinear
 from lowrank_lit.recovery import Adapters, MergeRecord, add_adapters
 from tests.tiny import batches, tiny_model
 
+Kind = type[FactoredLinear] | type[PivotLinear]
 
-def factored(weight: Tensor, bias: Tensor | None, rank: int) -> FactoredLinear:
+
+def factored(weight: Tensor, bias: Tensor | None, rank: int, kind: Kind = FactoredLinear) -> FactoredLayer:
     """Balanced truncated SVD of a weight (out, in)."""
     u, s, vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
     root = s[:rank].sqrt()
     outer, inner = u[:, :rank] * root, root[:, None] * vt[:rank]
-    return FactoredLinear.from_factors(outer, inner, bias, dtype=weight.dtype, device=weight.device)
+    return kind.from_factors(outer, inner, bias, dtype=weight.dtype, device=weight.device)
 
 
-def factor_all(model: nn.Module, *, rank: int = 8) -> nn.Module:
+def factor_all(model: nn.Module, *, rank: int = 8, kind: Kind = FactoredLinear) -> nn.Module:
     """Replace every nn.Linear inside the blocks of a tiny model by a factored layer of the given rank."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
     assert len(names) >= 4
@@ -33,13 +35,15 @@ def factor_all(model: nn.Module, *, rank: int = 8) -> nn.Module:
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        setattr(model.get_submodule(parent), child, factored(linear.weight, linear.bias, rank).train(model.training))
+        setattr(
+            model.get_submodule(parent), child, factored(linear.weight, linear.bias, rank, kind).train(model.training)
+        )
     return model
 
 
-def tiny_factored(family: str = "llama", *, rank: int = 8, **overrides: Any) -> Any:
+def tiny_factored(family: str = "llama", *, rank: int = 8, kind: Kind = FactoredLinear, **overrides: Any) -> Any:
     """A tiny causal model in eval mode whose projections are all factored; qwen2 has biases on q, k and v."""
-    return factor_all(tiny_model(family, **overrides), rank=rank)
+    return factor_all(tiny_model(family, **overrides), rank=rank, kind=kind)
 
 
 def adapter_layers(model: nn.Module) -> list[BaseTunerLayer]:
@@ -95,8 +99,9 @@ def test_adapters_change_nothing_until_they_move(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_merged_model_is_the_adapted_one_in_its_old_shape(family: str, use_rslora: bool) -> None:
-    model = tiny_factored(family)
+@pytest.mark.parametrize("kind", [FactoredLinear, PivotLinear])
+def test_merged_model_is_the_adapted_one_in_its_old_shape(family: str, use_rslora: bool, kind: Kind) -> None:
+    model = tiny_factored(family, kind=kind)
     plain = copy.deepcopy(model.state_dict())
     adapters = add_adapters(model, rank=4, alpha=8.0, use_rslora=use_rslora)
     perturb(model)
@@ -112,7 +117,8 @@ def test_merged_model_is_the_adapted_one_in_its_old_shape(family: str, use_rslor
         is_factor = name.endswith(("inner.weight", "outer.weight"))
         assert torch.equal(value, plain[name]) != is_factor, name  # factors moved, all else is the same to the last bit
     for module in model.modules():
-        if isinstance(module, FactoredLinear):
+        if isinstance(module, FactoredLayer):
+            assert type(module) is kind
             assert type(module.inner) is nn.Linear
             assert type(module.outer) is nn.Linear
             assert int(torch.linalg.matrix_rank(module.weight.detach().double(), rtol=1e-6)) <= module.rank
@@ -142,6 +148,36 @@ def test_merge_adds_the_scaled_product_to_each_factor() -> None:
     assert torch.equal(pair.bias.detach(), bias)
     product, new = outer @ inner, expected["outer"] @ expected["inner"]
     assert record.median_update == pytest.approx(float((new - product).norm() / product.norm()), rel=1e-10)
+
+
+def test_merging_a_pivot_form_measures_the_update_of_its_weight() -> None:
+    model = nn.Sequential(factored(torch.randn(20, 12, dtype=torch.float64), torch.randn(20), 6, PivotLinear))
+    layer: Any = model[0]
+    assert isinstance(layer, PivotLinear)
+    before, positions, bias = layer.weight.detach().clone(), layer.positions.clone(), layer.bias
+    adapters = add_adapters(model, rank=2, alpha=5.0)
+    assert adapters.record["factor_parameters"] == 6 * (20 + 12 - 6) + 20
+    perturb(model, size=0.3)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    with torch.no_grad():
+        adapted = model(x)
+        record = adapters.merge()
+        torch.testing.assert_close(model(x), adapted, rtol=0, atol=1e-9)
+        after = layer.weight
+    assert record.median_update == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-9)
+    assert record.median_update > 0.1
+    assert torch.equal(layer.positions, positions)
+    assert layer.bias is bias
+    assert int(torch.linalg.matrix_rank(after, rtol=1e-9)) == 6
+
+
+def test_an_adapter_is_smaller_than_its_factor_in_pivot_form_too() -> None:
+    """At rank 6 of 9 rows the coefficients are (3, 6): rank 5 for the pivot rows, 2 for them."""
+    model = nn.Sequential(factored(torch.randn(9, 12), None, 6, PivotLinear))
+    adapters = add_adapters(model, rank=8)
+    ranks = {name: parameter.shape[0] for name, parameter in model.named_parameters() if "lora_A" in name}
+    assert ranks == {"0.inner.lora_A.recovery.weight": 5, "0.outer.lora_A.recovery.weight": 2}
+    assert adapters.record["clamped"] == {"0": 2}
 
 
 def test_training_lowers_the_loss_and_touches_adapters_alone() -> None:
@@ -362,7 +398,7 @@ def test_a_layer_replaced_under_its_adapters_is_refused() -> None:
 
 
 def test_nothing_to_adapt_is_an_error() -> None:
-    with pytest.raises(ModelError, match="Sequential has no FactoredLinear to adapt; compress it first"):
+    with pytest.raises(ModelError, match="Sequential has no factored layer to adapt; compress it first"):
         add_adapters(nn.Sequential(nn.Linear(4, 4)))
 
 

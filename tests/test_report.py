@@ -252,6 +252,18 @@ def test_names_of_every_kind_get_a_cell_each(tmp_path: Path, names: tuple[str, .
     assert (tmp_path / "ranks.png").stat().st_size > 5_000
 
 
+def test_the_pivot_form_is_named_and_framed(tmp_path: Path) -> None:
+    record = assemble(figures(matrices={"targets": 21, "factored": 20, "pivot": 12}))
+    assert "20 of them factored (12 in pivot form)" in " ".join(shown(record).split())
+    assert "pivot" not in shown(assemble(figures()))
+    pixels = []
+    for form in ("factored", "pivot"):
+        matrix = MatrixPlan("layers.0.fc", 8, 8, form, 4)  # type: ignore[arg-type]
+        plot_ranks(RankPlan((matrix,), 1.0, "input", "uniform"), tmp_path / f"{form}.png")
+        pixels.append((tmp_path / f"{form}.png").read_bytes())
+    assert pixels[0] != pixels[1]
+
+
 def test_all_dense_plan_and_no_pyplot(tmp_path: Path) -> None:
     before = "matplotlib.pyplot" in sys.modules
     plan = RankPlan((MatrixPlan("layers.0.fc", 8, 8, "dense", 8),), 1.0, "input", "uniform")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import ModelError, NonFiniteError, PlanError
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer, FactoredLinear, PivotLinear
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import (
     Target,
@@ -42,7 +42,12 @@ PER_LAYER = {  # linear layers of one block
 }
 
 
-def factorise(model: nn.Module, rank: int | None = None, patterns: Sequence[str] | None = None) -> RankPlan:
+def factorise(
+    model: nn.Module,
+    rank: int | None = None,
+    patterns: Sequence[str] | None = None,
+    form: Literal["factored", "pivot"] = "factored",
+) -> RankPlan:
     """Factor every target in place by a float64 SVD, at full rank or at ``rank``, and return the plan."""
     matrices = []
     for name, target in find_targets(model, patterns).items():
@@ -50,10 +55,10 @@ def factorise(model: nn.Module, rank: int | None = None, patterns: Sequence[str]
         u, s, vt = torch.linalg.svd(weight.double(), full_matrices=False)
         r = len(s) if rank is None else min(rank, len(s))
         outer, inner = u[:, :r] * s[:r].sqrt(), s[:r].sqrt()[:, None] * vt[:r]
-        new = FactoredLinear.from_factors(outer, inner, bias_of(target.module), dtype=weight.dtype)
+        new = LAYER_OF_FORM[form].from_factors(outer, inner, bias_of(target.module), dtype=weight.dtype)
         replace_module(model, target, new)
-        matrices.append(MatrixPlan(name, target.rows, target.columns, "factored", r))
-    return RankPlan(tuple(matrices), 1.0, "identity", "uniform")
+        matrices.append(MatrixPlan(name, target.rows, target.columns, form, r))
+    return RankPlan(tuple(matrices), 1.0, "identity", "uniform", storage=form)
 
 
 @torch.no_grad()
@@ -338,3 +343,34 @@ def test_counts_storages_not_parameter_objects() -> None:
     assert count_parameters(model) == 12 + 4
     assert stored_bytes(model) == 4 * (12 + 4) + 4 * 4 + 8  # running mean and variance, an int64 counter
     assert count_parameters(nn.Linear(4, 3, device="meta")) == 15
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "bert"])
+def test_the_pivot_form_is_the_factored_one(family: str) -> None:
+    """Same rank, same output, fewer numbers; laid out, counted and made dense like any factored layer."""
+    model, other = tiny_model(family).double(), tiny_model(family).double()
+    plan, pivots = factorise(model, rank=9), factorise(other, rank=9, form="pivot")
+    torch.testing.assert_close(output(other), output(model), rtol=0, atol=1e-5 if family == "gpt2" else 1e-9)
+    assert plan.parameters - pivots.parameters == sum(matrix.rank**2 for matrix in plan.matrices)
+    assert target_parameters(other, pivots) == pivots.parameters
+    assert count_parameters(model) - count_parameters(other) == plan.parameters - pivots.parameters
+    indices = 4 * sum(matrix.rows for matrix in plan.matrices)  # bytes, and nothing but bytes
+    assert stored_bytes(other) == stored_bytes(model) - 8 * (plan.parameters - pivots.parameters) + indices
+    check_applied(other, pivots)
+    with pytest.raises(PlanError, match=r"in pivot form at rank 9 in the model and factored in the plan"):
+        check_applied(other, plan)
+    empty = tiny_model(family).double()
+    apply_plan(empty, pivots)
+    apply_plan(empty, pivots)  # what has the form already is left as it is
+    assert {k: v.shape for k, v in empty.state_dict().items()} == {k: v.shape for k, v in other.state_dict().items()}
+    empty.load_state_dict(other.state_dict())
+    assert torch.equal(output(empty), output(other))
+    with pytest.raises(ModelError, match="no linear layer to factor"):
+        find_targets(other)
+    layers = [module for module in other.modules() if isinstance(module, PivotLinear)]
+    assert len(layers) == len(plan.matrices)
+    assert torch.equal(dense_weight(layers[0]), layers[0].weight)
+    before = output(other)
+    to_dense(other)
+    assert not any(isinstance(module, FactoredLayer) for module in other.modules())
+    torch.testing.assert_close(output(other), before, rtol=0, atol=1e-9)

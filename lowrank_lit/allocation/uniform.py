@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-from numpy.typing import NDArray
 
-from lowrank_lit.allocation.budget import MatrixSpec
+from lowrank_lit.allocation.budget import MatrixSpec, spend_towards
 
 
-def uniform_scores(spec: MatrixSpec) -> NDArray[np.float64]:
-    """Scores whose global order keeps the same share of every matrix: component ``i`` of a matrix scores minus the
-    share ``(i + 1) (rows + columns) / (rows columns)`` that the matrix would have reached with it.
+def uniform_ranks(specs: Sequence[MatrixSpec], keep_ratio: float) -> list[int]:
+    """Every matrix keeps the same share of its parameters: about ``keep_ratio * m n / (m + n)`` as the rank of two
+    factors, more in the pivot form.
+
+    The rounding's rest goes to single matrices until it pays for no further component.
+
+    Raises:
+        BudgetError: If the ratio is outside (0, 1], or the floors do not fit.
     """
-    ranks = np.arange(1, min(spec.rows, spec.columns) + 1, dtype=np.float64)
-    return -ranks * (spec.rows + spec.columns) / spec.dense_cost
+    return spend_towards(specs, np.array([float(spec.dense_cost) for spec in specs]), keep_ratio)

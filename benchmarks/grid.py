@@ -1,0 +1,181 @@
+"""One-shot compression over a grid of metric, allocator, feedback and storage on real models, resumable.
+
+Run from the repository's root:
+
+    LOWRANK_LIT_REFERENCE=FOLDER python benchmarks/grid.py --bench runs/bench    # measure what is missing
+    python benchmarks/grid.py --table                                            # Markdown tables of it
+
+Models: the embedded one; with LOWRANK_LIT_REFERENCE also stories260K and wiki-llama-3m; with --bench FOLDER the two
+that recipes/pretrain_tiny.yaml was given other architectures for (commands in benchmarks/RESULTS.md).
+
+Protocol: the text tokenised whole without special tokens, non-overlapping blocks of 256 tokens from the start of the
+file, the first 100 blocks, mean next-token loss over the 255 targets of each block, float32, exp. stories260K has one
+held-out file: its even blocks are for tuning, its odd ones for reporting. Calibration: 96 blocks of the same length.
+Excess is ln(perplexity) - ln(dense perplexity).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowrank_lit import LowRankModule, TextDataModule, perplexity
+from lowrank_lit.compress import Study
+from lowrank_lit.errors import LowRankError
+from lowrank_lit.refit import substituted
+from lowrank_lit.settings import Settings
+
+KEEP_RATIOS = (0.8, 0.6, 0.4)
+METRICS = ("identity", "activation_scale", "fisher_input", "fisher_two_sided", "corda", "input", "two_sided")
+ALLOCATORS = ("uniform", "unirank", "effective_rank", "svd_llm_v2", "sensitivity", "zero_sum", "measured", "knapsack")
+EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
+PLAIN = {"preset": "unirank", "feedback": "none", "rounds": 1, "select": False}
+
+
+def cells(groups: list[str]) -> Iterator[dict[str, Any]]:
+    """Settings of every cell of the named groups."""
+    if "presets" in groups:
+        yield from ({"preset": name} for name in ("unirank", "fast", "best"))
+    if "metrics" in groups:
+        for metric in METRICS:
+            for allocator in ("uniform", "unirank", "knapsack"):
+                yield {**PLAIN, "metric": metric, "allocator": allocator}
+    if "allocators" in groups:
+        for metric in ("input", "two_sided"):
+            for allocator in ALLOCATORS:
+                if allocator == "sensitivity":  # hundreds of forward passes: a group of its own
+                    continue
+                yield {**PLAIN, "metric": metric, "allocator": allocator}
+    if "sensitivity" in groups:
+        yield from ({**PLAIN, "metric": metric, "allocator": "sensitivity"} for metric in ("input", "two_sided"))
+    if "feedback" in groups:
+        yield {"preset": "best", "feedback": "none"}
+        yield {"preset": "best", "feedback": "recollect"}
+        yield {"preset": "best", "feedback": "anchored", "rounds": 1}
+        yield {"preset": "best", "select": False}
+        yield {"preset": "best", "storage": "pivot"}
+        yield {"preset": "unirank", "storage": "pivot"}
+        yield {"preset": "unirank", "feedback": "anchored", "rounds": 1}
+    if "variants" in groups:
+        yield {**PLAIN, "metric": "input", "allocator": "unirank", "importance_of": "block"}
+        yield {**PLAIN, "metric": "input", "allocator": "unirank", "cost_aware": True}
+        yield {**PLAIN, "metric": "two_sided", "allocator": "knapsack", "labels": "text"}
+
+
+def problems(bench: str | None, names: list[str]) -> Iterator[tuple[str, str, dict[str, str], str | None]]:
+    """Name, model folder, text sources and the text of another domain, of every model that is there."""
+    extracts = {split: f"embedded:{split}" for split in ("calibration", "validation", "test")}
+    folder = os.environ.get("LOWRANK_LIT_REFERENCE")
+    text = Path(folder or "") / "text"
+    wiki = {
+        split: str(text / "wikitext2" / f"wiki.{name}.txt")
+        for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
+    }
+    held_out = str(text / "tinystories" / "valid_1000.txt")
+    stories = {"train": str(text / "tinystories" / "train_head_2MiB.txt"), "test": held_out, "validation": held_out}
+    found: list[tuple[str, str, dict[str, str], str | None]] = [
+        ("embedded", str(EMBEDDED), extracts, wiki["test"] if folder else None)
+    ]
+    if folder:
+        found.append(("stories260K", str(Path(folder) / "models" / "stories260K"), stories, wiki["test"]))
+        found.append(("wiki-llama-3m", str(Path(folder) / "models" / "wiki-llama-3m"), wiki, held_out))
+    if bench:
+        other = wiki["test"] if folder else None
+        found += [(f"{name}-bench", str(Path(bench) / name / "model"), extracts, other) for name in ("neox", "qwen2")]
+    yield from (entry for entry in found if not names or entry[0] in names)
+
+
+class Bench:
+    """One model on one calibration draw: its study, blocks, and dense perplexities."""
+
+    def __init__(
+        self, name: str, folder: str, sources: dict[str, str], other: str | None, seed: int, split: str
+    ) -> None:
+        data = TextDataModule(sources, folder)
+        module = LowRankModule(folder)
+        module.configure_model()
+        self.model = module.model.eval()
+        self.study = Study(self.model, data.calibration_batches(seed=seed) if seed else data.calibration_batches())
+        self.blocks = {split: data.evaluation(split)}
+        if name == "stories260K":
+            start = 0 if split == "validation" else 1
+            self.blocks = {split: data.evaluation(split)[start::2]}
+        if other is not None and split == "test":
+            self.blocks["other"] = TextDataModule({"test": other}, folder).evaluation("test")
+        self.dense = {key: perplexity(self.model, value) for key, value in self.blocks.items()}
+
+    def run(self, settings: Settings, *, preset: bool) -> dict[str, Any]:
+        """Figures of one cell; those of a whole preset on the other domain's text too."""
+        started = time.perf_counter()
+        draft = self.study.draft(settings)
+        seconds = time.perf_counter() - started
+        chosen = self.blocks if preset else {key: self.blocks[key] for key in self.blocks if key != "other"}
+        with substituted(self.study.layers, self.study.weights(draft)):
+            values = {key: perplexity(self.model, blocks) for key, blocks in chosen.items()}
+        excess = {key: math.log(value) - math.log(self.dense[key]) for key, value in values.items()}
+        return {
+            "perplexity": values,
+            "dense": self.dense,
+            "excess": excess,
+            "achieved": draft.plan.keep_ratio,
+            "predicted": draft.plan.predicted_nats,
+            "seconds": round(seconds, 2),
+            "passes": draft.passes,
+            "notes": list(draft.plan.notes),
+        }
+
+
+def main() -> None:
+    """Measure the cells that the output does not hold yet, or print its tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="runs/bench/grid.jsonl")
+    parser.add_argument("--groups", default="presets,metrics,allocators,feedback,variants,sensitivity")
+    parser.add_argument("--models", default="")
+    parser.add_argument("--bench", default=None, help="folder of the models trained for this benchmark")
+    parser.add_argument("--split", default="test", help="test for reported figures, validation to tune on")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--keep-ratios", default=",".join(map(str, KEEP_RATIOS)))
+    parser.add_argument("--extra", default="{}", help="further settings for every cell, as JSON")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore")
+    output = Path(options.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    done = {json.loads(line)["key"] for line in output.read_text().splitlines()} if output.is_file() else set()
+    wanted = list({json.dumps(cell, sort_keys=True): cell for cell in cells(options.groups.split(","))}.values())
+    for name, folder, sources, other in problems(options.bench, [part for part in options.models.split(",") if part]):
+        for seed in map(int, options.seeds.split(",")):
+            bench: Bench | None = None
+            for cell in wanted:
+                for ratio in map(float, options.keep_ratios.split(",")):
+                    settings = {**cell, **json.loads(options.extra)}
+                    key = json.dumps([name, seed, options.split, ratio, settings], sort_keys=True)
+                    if key in done:
+                        continue
+                    bench = bench or Bench(name, folder, sources, other, seed, options.split)
+                    entry = {"key": key, "model": name, "seed": seed, "split": options.split, "keep": ratio}
+                    try:
+                        entry |= {
+                            "settings": settings,
+                            **bench.run(Settings(ratio, **settings), preset=len(settings) == 1),
+                        }
+                    except LowRankError as error:
+                        entry |= {"settings": settings, "error": str(error)}
+                    with output.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(entry) + "\n")
+                    shown = entry.get("error") or f"{entry['excess']} {entry['seconds']}s {entry['notes']}"
+                    print(name, seed, ratio, settings, shown, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""The plan of a recipe, and what is predicted for other keep ratios, from the same statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank_lit._tables import table
+from lowrank_lit.allocation import budget_of
+from lowrank_lit.compress import Study, fingerprint
+from lowrank_lit.errors import GradientError
+from lowrank_lit.evidence import specs_of
+from lowrank_lit.plan import RankPlan
+from lowrank_lit.report import plot_prediction, replacing
+from lowrank_lit.settings import Settings
+
+RATIOS = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
+"""Keep ratios of the curve, 0.30 to 0.95; the table has every second one."""
+
+
+@dataclass(frozen=True)
+class PredictedPlan:
+    """A plan and the curve around it.
+
+    Attributes:
+        plan: Of the settings.
+        metric: That the curve is of.
+        points: ``(keep_ratio, predicted nats per token)``; empty where nothing can be predicted.
+        reason: Why not.
+    """
+
+    plan: RankPlan
+    metric: str
+    points: tuple[tuple[float, float], ...] = ()
+    reason: str = ""
+
+
+def predicted_plan(
+    model: nn.Module, batches: Sequence[Any], settings: Settings, *, device: torch.device | str | None = None
+) -> PredictedPlan:
+    """Plan and curve from one calibration pass; the model is left as it is.
+
+    Raises:
+        LowRankError: As :func:`lowrank_lit.plan_ranks`.
+    """
+    study = Study(model, batches, targets=settings.targets, device=device)
+    reason = _no_prediction(settings)
+    if not reason:
+        budget_of(specs_of(study.targets, settings), settings.keep_ratio)  # before the pass, as the draft would
+        try:  # everything at once: the curve needs the importance, which the plan's own allocator may not
+            study.collect(settings.moments, importance=True, labels=settings.labels)
+        except GradientError as error:
+            reason = f"no gradients: {error}"
+    plan = replace(study.draft(settings).plan, fingerprint=fingerprint(model, study.batches, settings))
+    if reason:
+        return PredictedPlan(plan, plan.metric, reason=reason)
+    points = study.curve(settings, sorted({*RATIOS, settings.keep_ratio}))
+    return PredictedPlan(plan, str(settings.metric), tuple(points))
+
+
+def _no_prediction(settings: Settings) -> str:
+    if settings.metric == "two_sided" or (settings.metric == "input" and "gradient" in settings.moments):
+        return ""
+    if settings.metric == "input":
+        return (
+            f"metric='input' with allocator='{settings.allocator}' collects no gradients, and nothing else has the "
+            "unit of the loss; choose allocator=knapsack or metric=two_sided"
+        )
+    return f"metric='{settings.metric}' has no unit of loss per token; choose metric=two_sided"
+
+
+def show_prediction(planned: PredictedPlan, folder: Path) -> list[Path]:
+    """Print the curve as a table, and write ``prediction.json`` and ``prediction.png``; returns what was written.
+
+    Raises:
+        ExportError: If a file cannot be written.
+    """
+    if planned.reason:
+        print(f"No prediction of the loss: {planned.reason}.")
+        return []
+    own = planned.plan.requested_keep_ratio
+    rows = [["keep ratio", "predicted nats", "perplexity x", ""]]
+    for ratio, nats in planned.points:
+        if ratio == own or ratio in RATIOS[::2] or ratio == RATIOS[-1]:
+            rows.append([f"{ratio:g}", f"{nats:.4f}", f"{_factor(nats):.4f}", "<- the recipe" if ratio == own else ""])
+    print()
+    print("Predicted rise of the loss per token (an estimate: statistics of the dense model, knapsack ranks)")
+    print(table(rows))
+    if planned.plan.predicted_nats is not None:
+        nats = planned.plan.predicted_nats
+        print(f"Predicted for the plan itself: {nats:.4f} nats, perplexity x {_factor(nats):.4f}.")
+    content = {
+        "kind": "estimate from second moments of the calibration text",
+        "metric": planned.metric,
+        "allocator": "knapsack",
+        "points": [_point(ratio, nats) for ratio, nats in planned.points],
+        "plan": {"keep_ratio": own, "nats": planned.plan.predicted_nats, "allocator": planned.plan.allocator},
+    }
+    written = [folder / "prediction.json", folder / "prediction.png"]
+    with replacing(written[0]) as partial:
+        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot_prediction(planned.points, written[1], keep_ratio=own, nats=planned.plan.predicted_nats)
+    return written
+
+
+def _point(ratio: float, nats: float) -> dict[str, float]:
+    return {"keep_ratio": ratio, "nats": nats, "perplexity_factor": _factor(nats)}
+
+
+def _factor(nats: float) -> float:
+    return math.exp(min(nats, 700.0))

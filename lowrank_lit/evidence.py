@@ -1,0 +1,169 @@
+"""What the allocators are told of every matrix, made from spectra and statistics.
+
+Curves of predicted loss come from the spectra alone. Half the dropped squared singular values of ``two_sided`` is the
+change of the loss in nats per token, in the Gauss-Newton approximation around the model that the statistics are of; in
+``input`` the same holds with the gradients known by their mean size alone, and in the Fisher metrics in nats per
+sequence. The other metrics have no common unit: there a curve is the share of the matrix's energy that is left out,
+times the importance of its module, so that the curves of different matrices can still be compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lowrank_lit.allocation import MatrixProfile, MatrixSpec
+from lowrank_lit.calibration import Calibration
+from lowrank_lit.linalg import to_double
+from lowrank_lit.residual import find_repeating_blocks
+from lowrank_lit.settings import Settings
+from lowrank_lit.spectrum import Spectrum, scalar_gradient
+from lowrank_lit.statistics import LayerStatistics
+from lowrank_lit.surgery import Target
+
+_IN_NATS = frozenset({"two_sided", "fisher_two_sided", "fisher_input"})
+"""Half the dropped energy is a change of the loss, in nats per token or sequence."""
+
+
+def specs_of(targets: Mapping[str, Target], settings: Settings) -> list[MatrixSpec]:
+    """Shape, floor, storage and quantum of every target."""
+    return [
+        MatrixSpec(
+            target.name,
+            target.rows,
+            target.columns,
+            min(settings.min_rank, target.rows, target.columns),
+            "pivot" if settings.storage == "pivot" else "factored",
+            settings.quantum,
+        )
+        for target in targets.values()
+    ]
+
+
+def places_of(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
+    """Projection type and block number of every layer: the name inside its repeating block, and which block that is.
+
+    A layer outside of the repeating blocks has its whole name for a type and no block.
+    """
+    blocks = [name for name, _ in find_repeating_blocks(model)]
+    places: dict[str, tuple[str, int | None]] = {}
+    for name in names:
+        found = next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
+        places[name] = (name if found is None else name[len(blocks[found]) + 1 :], found)
+    return places
+
+
+def predicts_nats(metric: str, statistics: Mapping[str, LayerStatistics]) -> bool:
+    """Whether spectra in this metric, with these statistics, predict a loss in nats per token."""
+    sized = any(entry.gradient_energy > 0 for entry in statistics.values())
+    return metric == "two_sided" or (metric == "input" and sized)
+
+
+def loss_curve(spectrum: Spectrum, statistics: LayerStatistics | None, metric: str, importance: float) -> Tensor:
+    """Predicted loss of one matrix at every rank ``0..p``, ``(p + 1,)`` float64; see the module's description.
+
+    Args:
+        spectrum: In the metric.
+        statistics: Of the layer.
+        metric: Of the spectrum.
+        importance: Of the module; used where the metric has no unit of its own.
+    """
+    if metric == "input" and statistics is not None and _has_gradients(statistics):
+        spectrum = scalar_gradient(spectrum, statistics)
+        metric = "two_sided"
+    energy = spectrum.energy().cpu().double()
+    tail = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)])
+    if metric in _IN_NATS:
+        return tail / 2
+    return importance * tail / tail[0] if float(tail[0]) > 0 else tail
+
+
+def _has_gradients(statistics: LayerStatistics) -> bool:
+    """Whether gradients were collected; those of a layer that the loss does not depend on are zero."""
+    return statistics.gradient_moment is not None or statistics.pulled_moment is not None
+
+
+def component_changes(spectrum: Spectrum, weight: Tensor, gradient: Tensor) -> Tensor:
+    """First-order change of the loss when one component is removed, for each, ``(p,)`` in nats per token.
+
+    ``-<G, left_i inner_i>`` with ``G`` the mean gradient of the weight: ZS-SVD's ``-sigma_i u_i^T H v_i``.
+
+    Args:
+        spectrum: Of the weight.
+        weight: ``(rows, columns)``.
+        gradient: ``G`` ``(rows, columns)``.
+    """
+    left = to_double(spectrum.left.to(weight.device))
+    inner = left.mT @ to_double(weight) if spectrum.inner is None else to_double(spectrum.inner.to(weight.device))
+    return -((left.mT @ to_double(gradient.to(weight.device))) * inner).sum(1)
+
+
+def block_importance(importance: Mapping[str, float], places: Mapping[str, tuple[str, int | None]]) -> dict[str, float]:
+    """The mean importance of each block's branches, for every matrix in it.
+
+    Each branch of a block counts once, by its value: the matrices of one branch share theirs.
+    """
+    values: dict[int | None, set[float]] = {}
+    for name, value in importance.items():
+        values.setdefault(places[name][1], set()).add(value)
+    return {
+        name: value if places[name][1] is None else float(np.mean(sorted(values[places[name][1]])))
+        for name, value in importance.items()
+    }
+
+
+def profiles_of(
+    specs: Sequence[MatrixSpec],
+    spectra: Mapping[str, Spectrum],
+    calibration: Calibration,
+    places: Mapping[str, tuple[str, int | None]],
+    *,
+    metric: str,
+    power: float,
+    first_order: Mapping[str, Tensor] | None = None,
+    tables: Mapping[str, Mapping[float, float]] | None = None,
+    probes: Mapping[str, tuple[int, float]] | None = None,
+) -> list[MatrixProfile]:
+    """One profile per matrix.
+
+    Args:
+        specs: The matrices.
+        spectra: In ``metric``.
+        calibration: Statistics and importance.
+        places: See :func:`places_of`.
+        metric: Of the spectra.
+        power: Exponent of the modules' importance, by which predicted losses are multiplied. Statistics of the dense
+            model do not see how errors grow through the layers after them, and the importance tells a part of it;
+            statistics of the compressed model see more of it.
+        first_order: By name, for ``zero_sum``.
+        tables: By name, for ``sensitivity``.
+        probes: By name, for ``measured``.
+    """
+    profiles = []
+    for spec in specs:
+        name = spec.name
+        importance = calibration.importance.get(name, 1.0)
+        curve = _array(loss_curve(spectra[name], calibration.statistics.get(name), metric, importance))
+        nats = metric in _IN_NATS or predicts_nats(metric, calibration.statistics)
+        profiles.append(
+            MatrixProfile(
+                spec,
+                _array(spectra[name].energy()),
+                importance=importance,
+                kind=places[name][0],
+                block=places[name][1],
+                first_order=None if first_order is None else _array(first_order[name]),
+                nats=curve * importance**power if nats else curve,
+                table=None if tables is None else tables[name],
+                probe=None if probes is None else probes[name],
+            )
+        )
+    return profiles
+
+
+def _array(tensor: Tensor) -> NDArray[np.float64]:
+    return tensor.detach().cpu().double().numpy()
