@@ -134,6 +134,41 @@ class Bench:
         }
 
 
+def label(settings: dict[str, Any]) -> str:
+    """A cell's settings in a few words."""
+    rest = {key: value for key, value in settings.items() if PLAIN.get(key, object()) != value}
+    if settings.get("preset") in ("best", "fast", "unirank") and "metric" not in settings:
+        name = settings["preset"]
+        extra = [f"{key} {value}" for key, value in settings.items() if key != "preset"]
+        return ", ".join([name, *extra])
+    metric, allocator = rest.pop("metric"), rest.pop("allocator")
+    return ", ".join([f"{metric} + {allocator}", *(f"{key} {value}" for key, value in rest.items())])
+
+
+def tables(entries: list[dict[str, Any]]) -> None:
+    """One Markdown table per model: perplexity and excess relative to input + unirank, at every keep ratio."""
+    for model in dict.fromkeys(entry["model"] for entry in entries):
+        own = [entry for entry in entries if entry["model"] == model and entry["seed"] == 0]
+        good = [entry for entry in own if "excess" in entry]
+        base = {entry["keep"]: entry["excess"]["test"] for entry in good if label(entry["settings"]) == "unirank"}
+        ratios = sorted(base, reverse=True)
+        other = "other" in good[0]["dense"]
+        dense = good[0]["dense"]
+        print(f"\n**{model}** (dense {dense['test']:.2f}" + (f"; other domain {dense['other']:.2f})" if other else ")"))
+        print("\n| cell | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " | excess / (input + unirank)", end="")
+        print(" | other domain | seconds |\n|---|" + "---|" * (len(ratios) + 3))
+        for name in dict.fromkeys(label(entry["settings"]) for entry in own):
+            cells_ = {entry["keep"]: entry for entry in own if label(entry["settings"]) == name}
+            if any("error" in entry for entry in cells_.values()) or set(cells_) != set(ratios):
+                print(f"| {name} | " + " | ".join("failed" if r in cells_ else "-" for r in ratios) + " | | | |")
+                continue
+            values = " | ".join(f"{cells_[ratio]['perplexity']['test']:.2f}" for ratio in ratios)
+            relative = " / ".join(f"{cells_[ratio]['excess']['test'] / base[ratio]:.2f}" for ratio in ratios)
+            away = [cells_[ratio]["perplexity"].get("other") for ratio in ratios]
+            shown = "" if None in away else " / ".join(f"{value:.1f}" for value in away)
+            print(f"| {name} | {values} | {relative} | {shown} | {max(c['seconds'] for c in cells_.values()):.0f} |")
+
+
 def main() -> None:
     """Measure the cells that the output does not hold yet, or print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,7 +181,12 @@ def main() -> None:
     parser.add_argument("--keep-ratios", default=",".join(map(str, KEEP_RATIOS)))
     parser.add_argument("--extra", default="{}", help="further settings for every cell, as JSON")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--table", nargs="*", help="print tables of these files (default: the output)")
     options = parser.parse_args()
+    if options.table is not None:
+        lines = [line for file in options.table or [options.output] for line in Path(file).read_text().splitlines()]
+        tables([json.loads(line) for line in lines])
+        return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     output = Path(options.output)

@@ -19,9 +19,9 @@ from lowrank_lit.cache import kept_record, load_compression, save_compression
 from lowrank_lit.compress import CompressionResult, compress, fingerprint, require_finite_weights
 from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
-from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.report import data_hash
 from lowrank_lit.settings import DEFAULT_PRESET, MIN_RANK, Settings
 from lowrank_lit.surgery import count_parameters

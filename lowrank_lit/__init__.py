@@ -16,7 +16,7 @@ from lowrank_lit._version import __version__
 from lowrank_lit.compress import CompressionResult, compress, plan_ranks
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.evaluation import perplexity
-from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.plan import MatrixPlan, RankPlan
 
 # Names that need Lightning, PEFT or transformers are imported when they are first asked for.
@@ -36,6 +36,7 @@ __all__ = [
     "LowRankError",
     "LowRankModule",
     "MatrixPlan",
+    "PivotLinear",
     "RankPlan",
     "TextDataModule",
     "__version__",

@@ -352,8 +352,7 @@ def _feedback(size: ModelSize, run: RunShape) -> list[Item]:
     hidden = 3 * run.calibration_tokens * size.hidden * run.weight_bytes
     return [
         Item("feedback", "host", "weights of the dense model", size.parameters * run.weight_bytes),
-        Item("feedback", "host", "compressed target matrices, float64", 8 * target * rounds),
-        Item("feedback", "host", "the same in the model's type", target * run.weight_bytes),
+        Item("feedback", "host", "compressed target matrices, twice", 2 * target * run.weight_bytes),
         Item("feedback", "host", "statistics of the rounds, float64", rounds * statistics_bytes(size, run.moments)),
         Item(
             "feedback",

@@ -29,7 +29,7 @@ from lowrank_lit.refit import BETAS, substituted
 from lowrank_lit.selection import Judge
 from lowrank_lit.settings import PRESETS
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
-from lowrank_lit.statistics import LayerStatistics
+from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics
 from lowrank_lit.surgery import count_parameters, dense_weight, find_targets, replace_module
 from tests.tiny import batches, tiny_model
 
@@ -261,18 +261,14 @@ def test_every_allocator(metric: str, allocator: str) -> None:
         assert result.record["passes"]["forward"] > 8
 
 
-@pytest.mark.parametrize("feedback", ["recollect", "anchored"])
 @pytest.mark.parametrize("metric", METRIC_MOMENTS)
-def test_every_metric_with_feedback(metric: str, feedback: str) -> None:
+def test_every_metric_with_feedback(metric: str) -> None:
     model = tiny_model("llama")
-    result = compress(model, DATA, keep_ratio=0.6, metric=metric, feedback=feedback, rounds=2, min_rank=2)
+    result = compress(model, DATA, keep_ratio=0.6, metric=metric, feedback="anchored", rounds=2, min_rank=2)
     assert_budget(result, 0.6)
     assert bool(torch.isfinite(logits(model)).all())
-    assert result.record["passes"]["backward"] == (2 if "gradient" in result_moments(result) else 0)
-
-
-def result_moments(result: CompressionResult) -> str:
-    return " ".join(Settings(**result.record["settings"]).moments).replace("fisher", "gradient")
+    passes = 2 if Settings(0.6, metric=metric).moments & BACKWARD_MOMENTS else 0
+    assert result.record["passes"]["backward"] == passes
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -291,7 +287,7 @@ def test_pivot_storage(family: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("storage", ["factored", "pivot"])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["best", "unirank"])
 def test_ranks_in_quanta(preset: str, storage: str) -> None:
     model = tiny_model("llama")
     result = compress(model, DATA, keep_ratio=0.6, preset=preset, storage=storage, quantum=4, min_rank=3)
@@ -324,8 +320,10 @@ def test_a_nested_compression_holds_smaller_ones(preset: str, tmp_path: Path) ->
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)  # another attention kernel
 
 
-@pytest.mark.parametrize("metric", ["identity", "input", "two_sided"])
-@pytest.mark.parametrize("allocator", ["uniform", "unirank", "knapsack"])
+@pytest.mark.parametrize(
+    ("metric", "allocator"),
+    [("identity", "uniform"), ("identity", "unirank"), ("input", "unirank"), ("two_sided", "knapsack")],
+)
 def test_more_budget_is_a_closer_model(metric: str, allocator: str) -> None:
     data = batches(structured=True, n=6)
     reference = tiny_model("llama")
@@ -569,7 +567,7 @@ def test_padding_says_nothing() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", ["best", "unirank"])
 def test_gradients_dtype_and_bias_follow_the_dense_layer(preset: str, dtype: torch.dtype) -> None:
     model = tiny_model("qwen2").to(dtype)
     model.requires_grad_(False)
@@ -646,6 +644,7 @@ def test_few_tokens_are_a_warning_with_the_number_needed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_published_figures_of_the_reference_model(reference: Path) -> None:
     """WikiText-2 test perplexity of the small reference Llama: 39.16 dense, 64.1 at keep ratio 0.6 with unirank, of
     whose excess ``ln(perplexity) - ln(dense)`` the default leaves at most 0.78."""
