@@ -160,7 +160,9 @@ def tables(entries: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(label(entry["settings"]) for entry in own):
             cells_ = {entry["keep"]: entry for entry in own if label(entry["settings"]) == name}
             if any("error" in entry for entry in cells_.values()) or set(cells_) != set(ratios):
-                print(f"| {name} | " + " | ".join("failed" if r in cells_ else "-" for r in ratios) + " | | | |")
+                shown = [cells_.get(ratio, {"error": ""}) for ratio in ratios]
+                values = ["-" if "error" in entry else f"{entry['perplexity']['test']:.2f}" for entry in shown]
+                print(f"| {name} | " + " | ".join(values) + " | | | |")
                 continue
             values = " | ".join(f"{cells_[ratio]['perplexity']['test']:.2f}" for ratio in ratios)
             relative = " / ".join(f"{cells_[ratio]['excess']['test'] / base[ratio]:.2f}" for ratio in ratios)
