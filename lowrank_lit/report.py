@@ -241,15 +241,20 @@ def _prediction_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
 
 def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     texts = {
-        "calibrate": "forward passes for the statistics",
+        "calibrate": "passes over the calibration text for the statistics",
+        "decompose": "spectra of every matrix",
+        "measure": "what the allocator measures by itself",
         "allocate": "ranks from the spectra",
-        "factor": "spectra and factors of every matrix",
+        "select": "candidates measured on held-out sequences",
+        "feedback": "statistics of the compressed model, and its refit",
+        "factor": "factors of every matrix",
         "recover": "training",
         "evaluate": "all perplexities",
         "total": "from set-up to this table",
     }
-    for stage in _STAGES:
-        yield f"seconds, {stage}", "", _number(record["seconds"][stage], ".1f"), "", texts[stage]
+    for stage, text in texts.items():
+        if stage in record["seconds"]:  # some belong to some settings only
+            yield f"seconds, {stage}", "", _number(record["seconds"][stage], ".1f"), "", text
     memory = record.get("peak_memory_counts") or "largest so far"
     yield "peak memory, MB", "", _scaled(record["peak_memory_bytes"]), "", memory
 
