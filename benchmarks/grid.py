@@ -174,7 +174,7 @@ def tables(entries: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Measure the cells that the output does not hold yet, or print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default="runs/bench/grid.jsonl")
+    parser.add_argument("--output", default="benchmarks/grid.jsonl", help="JSON lines; measured cells are kept")
     parser.add_argument("--groups", default="presets,metrics,allocators,feedback,variants,sensitivity")
     parser.add_argument("--models", default="")
     parser.add_argument("--bench", default=None, help="folder of the models trained for this benchmark")
