@@ -18,8 +18,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_lit import compress
-from lowrank_lit.compress import Study
 from lowrank_lit.settings import Settings
+from lowrank_lit.study import Study
 
 CLOSED = ("uniform", "unirank", "effective_rank", "svd_llm_v2", "zero_sum", "knapsack")
 
@@ -64,7 +64,7 @@ def main() -> None:
     started = time.perf_counter()
     plain = {"preset": "unirank", "metric": "input", "labels": "text"}
     cells = [Settings(ratio, allocator=name, **plain) for name in CLOSED for ratio in (0.8, 0.6, 0.4)]
-    study.collect(frozenset().union(*(cell.moments for cell in cells)), importance=True, labels="text")
+    study.collection.calibration(frozenset().union(*(cell.moments for cell in cells)), importance=True, labels="text")
     for cell in cells:
         study.weights(study.draft(cell))
     rows.append((f"sweep of {len(CLOSED)} allocators x 3 ratios, metric input", time.perf_counter() - started, ""))

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 
 from lowrank_lit import LowRankModule, TextDataModule, perplexity
-from lowrank_lit.compress import Study
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.refit import substituted
 from lowrank_lit.settings import Settings
+from lowrank_lit.study import Study
 
 KEEP_RATIOS = (0.8, 0.6, 0.4)
 METRICS = ("identity", "activation_scale", "fisher_input", "fisher_two_sided", "corda", "input", "two_sided")
@@ -145,19 +145,28 @@ def label(settings: dict[str, Any]) -> str:
     return ", ".join([f"{metric} + {allocator}", *(f"{key} {value}" for key, value in rest.items())])
 
 
+GROUPS = ("presets", "metrics", "allocators", "feedback", "variants", "sensitivity")
+
+
+def ordered(entries: list[dict[str, Any]]) -> list[str]:
+    """Labels of the measured cells, in the order of the groups."""
+    rank = {label(cell): number for number, cell in enumerate(cells(list(GROUPS)))}
+    return sorted(dict.fromkeys(label(entry["settings"]) for entry in entries), key=lambda name: rank.get(name, 999))
+
+
 def tables(entries: list[dict[str, Any]]) -> None:
-    """One Markdown table per model: perplexity and excess relative to input + unirank, at every keep ratio."""
+    """One Markdown table per model, of the first calibration draw, then what holds over all models and draws."""
     for model in dict.fromkeys(entry["model"] for entry in entries):
         own = [entry for entry in entries if entry["model"] == model and entry["seed"] == 0]
         good = [entry for entry in own if "excess" in entry]
         base = {entry["keep"]: entry["excess"]["test"] for entry in good if label(entry["settings"]) == "unirank"}
         ratios = sorted(base, reverse=True)
-        other = "other" in good[0]["dense"]
-        dense = good[0]["dense"]
-        print(f"\n**{model}** (dense {dense['test']:.2f}" + (f"; other domain {dense['other']:.2f})" if other else ")"))
+        dense = next(entry["dense"] for entry in good if "other" in entry["dense"] or len(good) == len(own))
+        other = f"; other domain {dense['other']:.2f}" if "other" in dense else ""
+        print(f"\n**{model}** (dense {dense['test']:.2f}{other})")
         print("\n| cell | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " | excess / (input + unirank)", end="")
         print(" | other domain | seconds |\n|---|" + "---|" * (len(ratios) + 3))
-        for name in dict.fromkeys(label(entry["settings"]) for entry in own):
+        for name in ordered(own):
             cells_ = {entry["keep"]: entry for entry in own if label(entry["settings"]) == name}
             if any("error" in entry for entry in cells_.values()) or set(cells_) != set(ratios):
                 shown = [cells_.get(ratio, {"error": ""}) for ratio in ratios]
@@ -169,13 +178,64 @@ def tables(entries: list[dict[str, Any]]) -> None:
             away = [cells_[ratio]["perplexity"].get("other") for ratio in ratios]
             shown = "" if None in away else " / ".join(f"{value:.1f}" for value in away)
             print(f"| {name} | {values} | {relative} | {shown} | {max(c['seconds'] for c in cells_.values()):.0f} |")
+    means(entries)
+    spread(entries)
+
+
+def relative(entries: list[dict[str, Any]]) -> dict[tuple[str, float], dict[tuple[str, int], float]]:
+    """Excess relative to input + unirank of the first draw: by cell and ratio, then by model and draw."""
+    good = [entry for entry in entries if "excess" in entry]
+    base = {
+        (entry["model"], entry["keep"]): entry["excess"]["test"]
+        for entry in good
+        if label(entry["settings"]) == "unirank" and entry["seed"] == 0
+    }
+    found: dict[tuple[str, float], dict[tuple[str, int], float]] = {}
+    for entry in good:
+        value = entry["excess"]["test"] / base[entry["model"], entry["keep"]]
+        found.setdefault((label(entry["settings"]), entry["keep"]), {})[entry["model"], entry["seed"]] = value
+    return found
+
+
+def means(entries: list[dict[str, Any]]) -> None:
+    """Mean over the models, first draw, of the cells that were measured on all of them."""
+    found, models = relative(entries), {entry["model"] for entry in entries}
+    ratios = sorted({entry["keep"] for entry in entries}, reverse=True)
+    rows = []
+    for name in ordered(entries):
+        values = [[found.get((name, ratio), {}).get((model, 0)) for model in models] for ratio in ratios]
+        if all(value is not None for column in values for value in column):
+            rows.append((name, [sum(map(float, column)) / len(column) for column in values]))
+    rows.sort(key=lambda row: sum(row[1]))
+    print(f"\n**Mean over the {len(models)} models**, excess / (input + unirank), best cells first\n")
+    print(
+        "| cell | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " | mean |\n|---|" + "---|" * (len(ratios) + 1)
+    )
+    for name, values in rows:
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in (*values, sum(values) / len(values))) + " |")
+
+
+def spread(entries: list[dict[str, Any]]) -> None:
+    """Smallest to largest over the calibration draws, of the cells that have several."""
+    found = relative(entries)
+    ratios = sorted({entry["keep"] for entry in entries}, reverse=True)
+    models = list(dict.fromkeys(entry["model"] for entry in entries))
+    print("\n**Calibration draws**, excess / (input + unirank of the first draw), smallest to largest\n")
+    print("| model | cell | draws | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " |\n|---|---|---|", end="")
+    print("---|" * len(ratios))
+    for model in models:
+        for name in ordered(entries):
+            drawn = [[v for (m, _), v in found.get((name, ratio), {}).items() if m == model] for ratio in ratios]
+            if min(map(len, drawn)) > 1:
+                shown = " | ".join(f"{min(values):.2f} to {max(values):.2f}" for values in drawn)
+                print(f"| {model} | {name} | {min(map(len, drawn))} | {shown} |")
 
 
 def main() -> None:
     """Measure the cells that the output does not hold yet, or print its tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="benchmarks/grid.jsonl", help="JSON lines; measured cells are kept")
-    parser.add_argument("--groups", default="presets,metrics,allocators,feedback,variants,sensitivity")
+    parser.add_argument("--groups", default=",".join(GROUPS))
     parser.add_argument("--models", default="")
     parser.add_argument("--bench", default=None, help="folder of the models trained for this benchmark")
     parser.add_argument("--split", default="test", help="test for reported figures, validation to tune on")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.cache import kept_record, load_compression, save_compression
-from lowrank_lit.compress import CompressionResult, compress, fingerprint, require_finite_weights
+from lowrank_lit.collection import require_finite_weights
+from lowrank_lit.compress import CompressionResult, compress, fingerprint
 from lowrank_lit.errors import DataError, ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
@@ -24,7 +25,7 @@ from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.report import data_hash
 from lowrank_lit.settings import DEFAULT_PRESET, MIN_RANK, Settings
-from lowrank_lit.surgery import count_parameters
+from lowrank_lit.surgery import stored_bytes
 
 _OTHER_PLAN = (
     "the checkpoint belongs to another plan (other weights, calibration text or settings); "
@@ -164,11 +165,15 @@ class LowRankCompression(pl.Callback):
         batches = self._batches(trainer)
         require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
         identity = fingerprint(model, batches, self._settings)
+        _refuse_checkpoint(trainer.ckpt_path, identity)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, ChecksFolder):
                 callback.check(trainer, identity)
+        # Weights that are bfloat16 on disk may be float32 while they are trained: the type of the files counts.
+        stored = getattr(pl_module, "storage_dtype", None)
+        dense = stored_bytes(model, stored)
         self.result, self._model = self._compress(trainer, model, batches, identity), model
-        _describe_storage(self.result.record, pl_module)
+        self.result.record["bytes"] = {"dense": dense, "compressed": stored_bytes(model, stored)}
 
     def state_dict(self) -> dict[str, Any]:
         """Key ``plan``: the plan as a dictionary, so that a checkpoint tells the shape of its own model."""
@@ -248,6 +253,19 @@ def measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]
     return value, time.perf_counter() - started
 
 
+def _refuse_checkpoint(path: Any, identity: str) -> None:
+    """Refuse a checkpoint of another plan before the compression kept for that plan is replaced by this run's.
+
+    Lightning tells the path this early where it was set as ``trainer.ckpt_path``, as ``lightning run`` does.
+    """
+    if path is None or not Path(path).is_file():  # DeepSpeed's checkpoints are folders: refused when they are loaded
+        return
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    plan = checkpoint.get("callbacks", {}).get("LowRankCompression", {}).get("plan")
+    if plan is not None and plan.get("fingerprint") != identity:
+        raise PlanError(_OTHER_PLAN)
+
+
 def _check_ranks(plan: RankPlan, model: nn.Module, weights: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Refuse weights in which a matrix of the plan has another form or rank than in the model."""
     own = model.state_dict()
@@ -261,14 +279,3 @@ def _layout(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
     """Shape of a matrix, or of its inner factor where it is factored, with or without an adapter."""
     found = (weights.get(f"{name}.{key}") for key in ("weight", "inner.weight", "inner.base_layer.weight"))
     return next((value.shape for value in found if value is not None), None)
-
-
-def _describe_storage(record: dict[str, Any], pl_module: pl.LightningModule) -> None:
-    """Count bytes as they are stored: weights that are bfloat16 on disk may be float32 while they are trained."""
-    dtype = getattr(pl_module, "storage_dtype", None)
-    if dtype is not None:
-        parameters = record["parameters"]
-        record["bytes"] = {
-            "dense": parameters["model_dense"] * dtype.itemsize,
-            "compressed": count_parameters(model_of(pl_module)) * dtype.itemsize,
-        }

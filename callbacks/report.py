@@ -24,7 +24,7 @@ _SPLIT = "test"  # where LowRankCompression measures too; another one would comp
 
 
 class RankReport(pl.Callback):
-    """Write ``record.json`` and ``ranks.png``, print one table, and log its figures.
+    """Write ``record.json`` and ``ranks.png``, print one table with the plan's notes, and log its figures.
 
     A record is also written when the fit starts and when training ends, so that a run which dies later leaves what it
     had measured. Without a LowRankCompression among the trainer's callbacks there is nothing to report, which is warned
@@ -88,7 +88,7 @@ class RankReport(pl.Callback):
         self.record = self._assemble(trainer, recovered) | {"complete": True}
         self._write(trainer, self.record)
         plot_ranks(result.plan, self._folder(trainer) / "ranks.png")
-        _show(summary_table(self.record), self._folder(trainer))
+        _show(self.record, self._folder(trainer))
         _log(trainer, self.record)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
@@ -177,11 +177,13 @@ def _config(trainer: pl.Trainer) -> dict[str, Any]:
     return compression.settings() if isinstance(compression, LowRankCompression) else {}
 
 
-def _show(table: Any, folder: Path) -> None:
+def _show(record: dict[str, Any], folder: Path) -> None:
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
+    console.print(summary_table(record))
+    for note in record.get("notes") or []:
+        console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"Written to {folder}: record.json, ranks.png", soft_wrap=True)
 
 

@@ -14,12 +14,13 @@ from torch import nn
 
 from lowrank_lit._tables import table
 from lowrank_lit.allocation import budget_of
-from lowrank_lit.compress import Study, fingerprint
+from lowrank_lit.compress import fingerprint
 from lowrank_lit.errors import GradientError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.report import plot_prediction, replacing
 from lowrank_lit.settings import Settings
+from lowrank_lit.study import Study
 
 RATIOS = tuple(round(0.3 + 0.05 * step, 2) for step in range(14))
 """Keep ratios of the curve, 0.30 to 0.95; the table has every second one."""
@@ -34,12 +35,14 @@ class PredictedPlan:
         metric: That the curve is of.
         points: ``(keep_ratio, predicted nats per token)``; empty where nothing can be predicted.
         reason: Why not.
+        basis: What the plan's own prediction rests on, in words; the curve always rests on the dense model.
     """
 
     plan: RankPlan
     metric: str
     points: tuple[tuple[float, float], ...] = ()
     reason: str = ""
+    basis: str = "statistics of the dense model"
 
 
 def predicted_plan(
@@ -55,14 +58,16 @@ def predicted_plan(
     if not reason:
         budget_of(specs_of(study.targets, settings), settings.keep_ratio)  # before the pass, as the draft would
         try:  # everything at once: the curve needs the importance, which the plan's own allocator may not
-            study.collect(settings.moments, importance=True, labels=settings.labels)
+            study.collection.calibration(settings.moments, importance=True, labels=settings.labels)
         except GradientError as error:
             reason = f"no gradients: {error}"
     plan = replace(study.draft(settings).plan, fingerprint=fingerprint(model, study.batches, settings))
     if reason:
         return PredictedPlan(plan, plan.metric, reason=reason)
     points = study.curve(settings, sorted({*RATIOS, settings.keep_ratio}))
-    return PredictedPlan(plan, str(settings.metric), tuple(points))
+    planned = PredictedPlan(plan, str(settings.metric), tuple(points))
+    # A later round looks at a compressed model: another prediction than the curve's, for the same budget.
+    return planned if settings.rounds == 1 else replace(planned, basis="statistics of the round that chose it")
 
 
 def _no_prediction(settings: Settings) -> str:
@@ -95,18 +100,25 @@ def show_prediction(planned: PredictedPlan, folder: Path) -> list[Path]:
     print(table(rows))
     if planned.plan.predicted_nats is not None:
         nats = planned.plan.predicted_nats
-        print(f"Predicted for the plan itself: {nats:.4f} nats, perplexity x {_factor(nats):.4f}.")
+        basis = f"{planned.basis}, {planned.plan.allocator} ranks"
+        print(f"Predicted for this plan ({basis}): {nats:.4f} nats, perplexity x {_factor(nats):.4f}.")
     content = {
         "kind": "estimate from second moments of the calibration text",
         "metric": planned.metric,
         "allocator": "knapsack",
+        "statistics": "statistics of the dense model",
         "points": [_point(ratio, nats) for ratio, nats in planned.points],
-        "plan": {"keep_ratio": own, "nats": planned.plan.predicted_nats, "allocator": planned.plan.allocator},
+        "plan": {
+            "keep_ratio": own,
+            "nats": planned.plan.predicted_nats,
+            "allocator": planned.plan.allocator,
+            "statistics": planned.basis,
+        },
     }
     written = [folder / "prediction.json", folder / "prediction.png"]
     with replacing(written[0]) as partial:
         partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    plot_prediction(planned.points, written[1], keep_ratio=own, nats=planned.plan.predicted_nats)
+    plot_prediction(planned.points, written[1], keep_ratio=own, nats=planned.plan.predicted_nats, basis=planned.basis)
     return written
 
 

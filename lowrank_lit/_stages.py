@@ -147,6 +147,8 @@ def _print_plan(plan: RankPlan) -> None:
     print(table(rows))
     kept = f"{plan.parameters:,} kept ({plan.keep_ratio:.4f})"
     print(f"Target matrices: {plan.dense_parameters:,} parameters, {kept}.")
+    for note in plan.notes:
+        print(f"note: {note}")
 
 
 def sweep(

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lowrank_lit._dry_run import compression_callback
 from lowrank_lit._session import RecipeCLI
+from lowrank_lit._settings import callback_entry
 from lowrank_lit._tables import table
 from lowrank_lit.errors import RecipeError
 from lowrank_lit.report import replacing
@@ -100,15 +102,13 @@ def overlap(draws: Mapping[int, Sequence[Mapping[str, Tensor]]]) -> float | None
 
 def sweep_recipe(cli: RecipeCLI, recipe: Path, grid: Grid, *, seeds: int, split: str, folder: Path) -> int:
     """Measure, print and write the grid; 1 where a cell failed."""
-    options = compression_callback(cli, recipe).settings()
-    grid = replace(grid, common={name: options[name] for name in COMMON})
+    grid = replace(grid, common=common_of(cli, recipe))
     cells = grid.cells()
     data = cli.datamodule
     data.prepare_data()
     blocks, draws = data.evaluation(split), draws_of(data, seeds)
     cli.model.configure_model()
     folder.mkdir(parents=True, exist_ok=True)
-    stored = cli.model.storage_dtype
     device = cli.trainer.strategy.root_device
     sweep = Sweep(
         cli.model.model,
@@ -117,22 +117,46 @@ def sweep_recipe(cli: RecipeCLI, recipe: Path, grid: Grid, *, seeds: int, split:
         CellStore(folder / "cells.jsonl"),
         batch_size=data.batch_size,
         device=device,
-        weight_bytes=None if stored is None else stored.itemsize,
+        dtype=cli.model.storage_dtype,
     )
     print(f"{len(cells)} cells x {len(draws)} draws of the calibration text, measured on {split}")
     rows = sweep.run(grid, _progress(len(cells) * len(draws)))
-    note = _protocol(cli, sweep, split, blocks, draws)
+    note = "\n".join([_protocol(cli, sweep, split, blocks, draws), _settings_in_words(grid.common)])
     print(table(_cells(rows)))
-    print(note)
+    print("\n".join([*_footnotes(rows), note]))
     written = write_tables(folder, rows, note)
     if any(row.perplexity is not None for row in rows):
         written.append(folder / "sweep.png")
         plot_sweep(rows, written[-1], title=f"{_name(cli)}: one-shot compression, {split} text")
     print(f"Written to {folder}: cells.jsonl, {', '.join(path.name for path in written)}")
-    failed = [row for row in rows if row.error]
+    # Rows of earlier grids in this folder stand in the table; whether this run went well is about its own.
+    failed = [row for row in rows if row.error and grid.holds(row)]
     for row in failed:
         print(f"failed: {row.label}, keep ratio {row.settings['keep_ratio']:g}: {row.error}")
     return 1 if failed else 0
+
+
+def common_of(cli: RecipeCLI, recipe: Path) -> dict[str, Any]:
+    """What all cells take from the recipe's compression.
+
+    ``labels`` are as the recipe has them: its own allocator may want other labels than those of the grid.
+
+    Raises:
+        RecipeError: If the recipe has no compression.
+    """
+    options = compression_callback(cli, recipe).settings()
+    entry = callback_entry(cli.config.as_dict(), "LowRankCompression") or {}
+    labels = (entry.get("init_args") or {}).get("labels", options["labels"])
+    return {name: options[name] for name in COMMON} | {"labels": labels}
+
+
+def _settings_in_words(common: Mapping[str, Any]) -> str:
+    parts = []
+    for name in COMMON:
+        value = common[name]
+        shown = "all" if value is None else ", ".join(value) if isinstance(value, list) else str(value).lower()
+        parts.append(f"{name} {shown}")
+    return f"Common settings: {'; '.join(parts)}. The allocator zero_sum takes labels of the text in any case."
 
 
 def _progress(total: int) -> Callable[[dict[str, Any]], None]:
@@ -166,13 +190,15 @@ def _protocol(
     calibration = sum(len(batch["input_ids"]) for batch in first)
     shared = overlap(draws)
     sentences = [
-        f"Dense perplexity {sweep.dense:.5g}; {sweep.parameters:,} parameters, bytes of {sweep.weight_bytes} each.",
+        f"Dense perplexity {sweep.dense:.5g}; {sweep.parameters:,} parameters of {sweep.weight_bytes} bytes each. MB: "
+        "of the whole model, in millions of bytes.",
         f"Measured on split {split} ({data.sources[split]}): {count} blocks of {length} tokens from its start, "
         f"{length - 1} targets each, weights in {str(cli.model.dtype_in_memory).removeprefix('torch.')}.",
         f"Calibrated on {calibration} blocks of {length} tokens, draws {', '.join(map(str, draws))}"
         + ("." if shared is None else f"; a further draw shares {shared:.0%} of its blocks with the first."),
-        "Spread: sample standard deviation over the draws. Excess: ln(perplexity) - ln(dense perplexity), nats per "
-        "token. Predicted: an estimate of it from the calibration text.",
+        "Figures are means over the draws that a row was measured on, with ± the sample standard deviation over these. "
+        "Excess: ln(perplexity) - ln(dense perplexity), nats per token. Predicted: an estimate of it from the "
+        "calibration text, by the statistics of the round that chose the ranks.",
         "Seconds: of one compression without the statistics that cells share and without the perplexity; the first "
         "cell of a metric has its decompositions.",
     ]
@@ -184,13 +210,16 @@ def _protocol(
 
 _HEADINGS = (
     *("metric", "allocator", "feedback", "storage", "keep", "achieved", "model", "MB", "perplexity", "excess"),
-    *("predicted", "seconds"),
+    *("predicted", "seconds", "draws", "notes"),
 )
+_NUMBER = re.compile(r"(?<![\w.,])(\d+(?:\.\d+)?)(?![\w,]|\.\w)")
+"""A number in a note that stands by itself, not one in a layer's name or with thousands marked."""
 
 
 def _cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The table for people."""
+    """The table for people; the last column has the numbers of the footnotes."""
     found = [list(_HEADINGS)]
+    numbers = {shape: str(number) for number, shape in enumerate(_merged(rows), start=1)}
     for row in rows:
         axes = row.settings
         metric = axes["metric"] + ("" if row.used_metric == axes["metric"] else f" ({row.used_metric} used)")
@@ -199,8 +228,34 @@ def _cells(rows: Sequence[Row]) -> list[list[str]]:
         names = [metric, allocator, axes["feedback"], axes["storage"], f"{axes['keep_ratio']:g}"]
         sizes = [_shown(row.achieved, ".4f"), _shown(row.whole_model, ".4f"), _shown(size, ".3f")]
         losses = [_with_spread(row), _shown(row.excess, ".4f"), _shown(row.predicted, ".4f")]
-        found.append([*names, *sizes, *losses, _shown(row.seconds, ".2f")])
+        marks = dict.fromkeys(numbers[_shape(note)] for note in row.notes)
+        found.append([*names, *sizes, *losses, _shown(row.seconds, ".2f"), str(len(row.seeds)), " ".join(marks)])
     return found
+
+
+def _footnotes(rows: Sequence[Row]) -> list[str]:
+    """The plans' notes, one of each kind, where only numbers differ with the range of these."""
+    return [f"note {number}: {text}" for number, text in enumerate(_merged(rows).values(), start=1)]
+
+
+def _shape(note: str) -> tuple[str, ...]:
+    """What a note says, its numbers left out."""
+    return tuple(_NUMBER.split(note)[::2])
+
+
+def _merged(rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
+    """Notes by what they say, in the order of the rows."""
+    kinds: dict[tuple[str, ...], list[list[str]]] = {}
+    for note in dict.fromkeys(note for row in rows for note in row.notes):
+        kinds.setdefault(_shape(note), []).append(_NUMBER.split(note)[1::2])
+    merged = {}
+    for shape, found in kinds.items():
+        text = shape[0]
+        for values, after in zip(zip(*found, strict=True), shape[1:], strict=True):
+            low, high = min(values, key=float), max(values, key=float)
+            text += (low if float(low) == float(high) else f"{low} to {high}") + after
+        merged[shape] = text
+    return merged
 
 
 def _with_spread(row: Row) -> str:
@@ -214,7 +269,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def write_tables(folder: Path, rows: Sequence[Row], note: str) -> list[Path]:
-    """``sweep.csv``, every figure in full, and ``sweep.md``; returns their paths.
+    """``sweep.csv``, every figure and note in full, and ``sweep.md``; returns their paths.
 
     Raises:
         ExportError: If a file cannot be written.
@@ -224,18 +279,19 @@ def write_tables(folder: Path, rows: Sequence[Row], note: str) -> list[Path]:
     axes = ("metric", "allocator", "feedback", "rounds", "select", "storage")
     figures = ("dense_perplexity", "perplexity", "spread", "excess", "predicted", "seconds", "error")
     names = ("keep_ratio", "achieved_keep_ratio", "whole_model_ratio", "bytes")
-    writer.writerow(["preset", *axes, "used_metric", *names, *figures, "seeds"])
+    writer.writerow(["preset", *axes, "used_metric", *names, *figures, "seeds", "draws", "notes"])
     for row in rows:
         own = [row.preset, *(row.settings[name] for name in axes), row.used_metric, row.settings["keep_ratio"]]
         own += [row.achieved, row.whole_model, row.bytes, *(getattr(row, name) for name in figures)]
-        writer.writerow([*own, " ".join(map(str, row.seeds))])
+        writer.writerow([*own, " ".join(map(str, row.seeds)), len(row.seeds), " | ".join(row.notes)])
     lines = _cells(rows)
-    marked = [lines[0], ["---"] * 4 + ["---:"] * (len(lines[0]) - 4), *lines[1:]]
+    marked = [lines[0], ["---"] * 4 + ["---:"] * (len(lines[0]) - 5) + ["---"], *lines[1:]]
     failed = [
         f"Failed: {row.label}, keep ratio {row.settings['keep_ratio']:g}: {row.error}" for row in rows if row.error
     ]
     content = "\n".join(["| " + " | ".join(line) + " |" for line in marked])
-    contents = {"sweep.csv": text.getvalue(), "sweep.md": "\n\n".join([content, *note.split("\n"), *failed]) + "\n"}
+    below = [*_footnotes(rows), *note.split("\n"), *failed]
+    contents = {"sweep.csv": text.getvalue(), "sweep.md": "\n\n".join([content, *below]) + "\n"}
     for name, written in contents.items():
         with replacing(folder / name) as partial:
             partial.write_text(written, encoding="utf-8")

@@ -8,8 +8,7 @@ model whose blocks are no chain, or with targets outside of them, runs whole ins
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,7 +37,20 @@ from lowrank_lit.statistics import (
     full_float32,
     real_tokens,
 )
-from lowrank_lit.streaming import POSITIONAL, Batch, Block, BlockCalls, capture_calls, moved, run_model, to_device
+from lowrank_lit.streaming import (
+    POSITIONAL,
+    Batch,
+    Block,
+    BlockCalls,
+    capture_calls,
+    each_in_one_block,
+    evaluating,
+    layers_inside,
+    moved,
+    real_positions,
+    run_model,
+    to_device,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
     Raises:
         DataError: If there is none, one has another form, or a batch holds no tokens.
     """
+    if not isinstance(batches, Iterable):
+        raise DataError(f"batches is a {type(batches).__name__}; give a list of calibration batches")
     result = []
     for number, batch in enumerate(batches):
         if isinstance(batch, (tuple, list)) and batch:
@@ -84,10 +98,28 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
         tensors = {str(key): value for key, value in batch.items() if isinstance(value, Tensor) and key != "labels"}
         if not tensors or any(value.numel() == 0 for value in tensors.values()):
             raise DataError(f"calibration batch {number} is empty; give at least one sequence per batch")
+        _check_shapes(number, tensors)
         result.append(tensors)
     if not result:
         raise DataError("batches is empty; give at least one calibration batch")
     return result
+
+
+def _check_shapes(number: int, batch: Mapping[str, Tensor]) -> None:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
+        raise DataError(
+            f"calibration batch {number}: input_ids of shape {tuple(ids.shape)} and type {ids.dtype}; give whole "
+            "numbers (batch, length)"
+        )
+    if ids is not None and mask is not None and mask.ndim == 2:
+        if mask.shape != ids.shape:
+            raise DataError(
+                f"calibration batch {number}: attention_mask {tuple(mask.shape)} does not fit input_ids "
+                f"{tuple(ids.shape)}; give one number per token"
+            )
+        if not bool(mask.any()):
+            raise DataError(f"calibration batch {number} is all padding; leave it out")
 
 
 def count_tokens(batch: Batch) -> int:
@@ -97,6 +129,11 @@ def count_tokens(batch: Batch) -> int:
         return int(mask.sum())
     first = next(iter(batch.values()))
     return (first.shape[:-1] if first.is_floating_point() else first.shape[:2]).numel()
+
+
+def count_sequences(batches: Sequence[Batch]) -> int:
+    """Sequences of all batches together."""
+    return sum(len(next(iter(batch.values()))) for batch in batches)
 
 
 def calibrate(
@@ -150,16 +187,16 @@ def calibrate(
         return Calibration()
     collector = _Collector(layers, weight_of, moments, watch=importance)
     blocks = find_repeating_blocks(model)
-    with _frozen_eval(model):
+    with evaluating(model), torch.no_grad():
         if moments & BACKWARD_MOMENTS:
             _run_whole(model, batches, collector, blocks, device, _checked_loss(loss, model, batches, device))
             return collector.finish("whole")
-        calls = capture_calls(model, blocks, batches) if _each_in_one_block(layers, blocks) else None
+        calls = capture_calls(model, blocks, batches) if each_in_one_block(layers, blocks) else None
         if calls is None:
             _run_whole(model, batches, collector, blocks, device)
-        else:
-            _run_blocks(calls, blocks, batches, collector, device)
-    return collector.finish("whole" if calls is None else "blocks")
+            return collector.finish("whole")
+        _run_blocks(calls, blocks, batches, collector, device)
+    return collector.finish("blocks")
 
 
 def _checked_loss(
@@ -213,9 +250,8 @@ class _Collector:
     @contextmanager
     def batch(self, batch: Batch, device: torch.device | None) -> Iterator[None]:
         """The context of one forward; a backward comes after it."""
-        mask = batch.get("attention_mask")
-        padded = mask is not None and mask.ndim == 2 and not bool(mask.all())
-        self.mask = mask.bool().to(device) if mask is not None and padded else None
+        mask = real_positions(batch)
+        self.mask = None if mask is None or bool(mask.all()) else mask.to(device)
         self._in_forward = True
         try:
             with ExitStack() as stack:
@@ -288,25 +324,6 @@ class _Collector:
         return Calibration(self._results, importance, self.tokens, mode, notes)
 
 
-@contextmanager
-def _frozen_eval(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _each_in_one_block(layers: Mapping[str, nn.Module], blocks: Sequence[Block]) -> bool:
-    """Whether every layer belongs to exactly one block; one shared by blocks has to see the inputs of all of them."""
-    counts = Counter(id(module) for _, block in blocks for module in block.modules())
-    return all(counts[id(layer)] == 1 for layer in layers.values())
-
-
 def _run_whole(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -346,9 +363,7 @@ def _run_blocks(
         collector.cosines = BlockCosine(dict(blocks))
     progress = tqdm(blocks, desc="calibrating", unit="block", disable=None, leave=False)
     for index, (_, block) in enumerate(progress):
-        members = {id(module) for module in block.modules()}
-        inside = {name: layer for name, layer in collector.layers.items() if id(layer) in members}
-        with moved(block, device) as place, collector.on(inside):
+        with moved(block, device) as place, collector.on(layers_inside(collector.layers, block)):
             for call, batch in zip(calls, batches, strict=True):
                 with collector.batch(batch, place):
                     call.step(block, index, place)

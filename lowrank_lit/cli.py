@@ -103,7 +103,7 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``lowrank-lit``; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C.
+    """``lowrank-lit``; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM.
 
     Args:
         argv: Arguments without the program's name; the process's own by default.
@@ -148,9 +148,12 @@ def _guarded(command: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's own way of stopping
             return _interrupted()
-        if isinstance(stop.code, str):
-            return _fail(stop.code, debug)
-        return int(stop.code or 0)
+        if "SIGTERMException" in _kinds(stop):  # Lightning's too, and it has no code: it would pass for success
+            print("terminated", file=sys.stderr)
+            return 143
+        if stop.code is None or isinstance(stop.code, int):  # who exits with a number has printed why
+            return int(stop.code or 0)
+        return _fail(str(stop.code), debug)
     except Exception as error:
         # Lightning's and torch's classes are looked up only now: the command may never have imported them.
         reason = _foreign(error)
@@ -184,9 +187,14 @@ def _explain(error: OSError) -> str:
     return f"{type(error).__name__}: {error}"
 
 
+def _kinds(error: BaseException) -> set[str]:
+    """Names of an error's classes, for those of libraries that may not be imported."""
+    return {cls.__name__ for cls in type(error).__mro__}
+
+
 def _foreign(error: Exception) -> str | None:
     """One line for an error of Lightning or torch that a setting can mend; None for a mistake in the program."""
-    kinds = {cls.__name__ for cls in type(error).__mro__}
+    kinds = _kinds(error)
     if "MisconfigurationException" in kinds:
         return str(error)
     if "OutOfMemoryError" in kinds or "not enough memory" in str(error) or isinstance(error, MemoryError):

@@ -22,6 +22,8 @@ from lowrank_lit.surgery import count_parameters, find_targets
 Place = Literal["device", "host", "disk"]
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
 STAGES = ("calibrate", "feedback", "factor", "recover", "evaluate", "export")
+_STATISTICS = "statistics of all target matrices, float64"
+_BACKWARD_LOGITS = "logits of one batch, their log-softmax and gradient"
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class ModelSize:
         parameters: Numbers in the whole model, tied ones once.
         matrices: ``(rows, columns)`` of every target matrix.
         moments: Side of every second moment that is kept: the smaller side of its matrix. One over the inputs is shared
-            by all
-            matrices that are fed the same tensor later.
+            by all matrices that are fed the same tensor later.
         inputs: Width of every distinct input of a target matrix.
         block: Numbers in the largest repeating block, of which one at a time is on the device; the whole model's where
             none repeats.
@@ -139,9 +140,8 @@ def measure(model: nn.Module, patterns: Sequence[str] | None = None) -> ModelSiz
     moments: dict[str, int] = {}
     for name, owner in owners.items():  # in the order of the calls, as calibration goes
         rows, columns = matrices[name]
-        if (
-            owner not in moments
-        ):  # a sum over inputs serves all that are fed them, one over outputs its own matrix alone
+        # A sum over inputs serves all that are fed them, one over outputs its own matrix alone.
+        if owner not in moments:
             moments[owner if columns <= rows else f"{name}, outputs"] = min(rows, columns)
     blocks = [count_parameters(block) for _, block in find_repeating_blocks(model)]
     config = getattr(model, "config", None)
@@ -269,76 +269,67 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
     """
     kept = kept_parameters(size, run.keep_ratio)
     dense, small = size.parameters * run.weight_bytes, kept * run.weight_bytes
-    statistics = statistics_bytes(size, run.moments)
-    items = [
+    factors = (kept - size.parameters + size.target_parameters) * run.weight_bytes
+    vectors = vector_bytes(size, components=run.components)
+    return [
         *_calibration(size, run),
         *_feedback(size, run),
-        Item("factor", "host", "weights of the dense model", dense),
-        Item(
+        *_stage(
             "factor",
-            "host",
-            "singular vectors of all target matrices, float32",
-            vector_bytes(size, components=run.components),
+            ("host", "weights of the dense model", dense),
+            ("host", "singular vectors of all target matrices, float32", vectors),
+            ("host", "factors, until they replace the matrices", factors),
+            ("host", _STATISTICS, statistics_bytes(size, run.moments)),
+            ("device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
+            ("disk", "factors, kept for a later run", factors),
         ),
-        Item(
-            "factor",
-            "host",
-            "factors, until they replace the matrices",
-            (kept - size.parameters + size.target_parameters) * run.weight_bytes,
+        *(_recovery(size, run, kept) if run.trained else []),
+        *_stage(
+            "evaluate",
+            ("device", "weights of the dense model (the compressed one needs less)", dense),
+            ("device", "logits of one batch", logit_bytes(size, run, backward=False)),
+            ("device", "logits and losses of one block, float32", run.block_size * size.vocabulary * 8),
         ),
-        Item("factor", "host", "statistics of all target matrices, float64", statistics),
-        Item("factor", "device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
-        Item(
-            "factor",
-            "disk",
-            "factors, kept for a later run",
-            (kept - size.parameters + size.target_parameters) * run.weight_bytes,
-        ),
-    ]
-    if run.trained:
-        items += _recovery(size, run, kept)
-    items += [
-        Item("evaluate", "device", "weights of the dense model (the compressed one needs less)", dense),
-        Item("evaluate", "device", "logits of one batch", logit_bytes(size, run, backward=False)),
-        Item("evaluate", "device", "logits and losses of one block, float32", run.block_size * size.vocabulary * 8),
-        Item(
+        *_stage(
             "export",
-            "host",
-            "weights of the compressed model, and their copy in the storage type",
-            small + kept * run.storage_bytes,
+            (
+                "host",
+                "weights of the compressed model, and their copy in the storage type",
+                small + kept * run.storage_bytes,
+            ),
+            ("disk", "compressed model", kept * run.storage_bytes),
         ),
-        Item("export", "disk", "compressed model", kept * run.storage_bytes),
     ]
-    return [item for item in items if item.bytes]
+
+
+def _stage(stage: str, *rows: tuple[Place, str, int]) -> list[Item]:
+    """The items of one stage; what takes no space is none."""
+    return [Item(stage, place, what, count) for place, what, count in rows if count]
 
 
 def _calibration(size: ModelSize, run: RunShape) -> list[Item]:
     statistics = statistics_bytes(size, run.moments)
     weights = size.parameters * run.weight_bytes
-    kept = "statistics of all target matrices, float64"
     if run.backward:
-        return [
-            Item("calibrate", "host", kept, statistics),
-            Item("calibrate", "device", "weights of the whole model, for the backward pass", weights),
-            Item("calibrate", "device", kept, statistics),
-            Item("calibrate", "device", "activations of one batch, for the backward pass", backward_bytes(size, run)),
-            Item(
-                "calibrate",
-                "device",
-                "logits of one batch, their log-softmax and gradient",
-                logit_bytes(size, run, backward=True),
-            ),
-        ]
+        return _stage(
+            "calibrate",
+            ("host", _STATISTICS, statistics),
+            ("device", "weights of the whole model, for the backward pass", weights),
+            ("device", _STATISTICS, statistics),
+            ("device", "activations of one batch, for the backward pass", backward_bytes(size, run)),
+            ("device", _BACKWARD_LOGITS, logit_bytes(size, run, backward=True)),
+        )
     hidden = run.calibration_tokens * size.hidden * run.weight_bytes
     width = run.tokens * _block_width(size) * run.weight_bytes
-    return [
-        Item("calibrate", "host", "weights of the dense model", weights),
-        Item("calibrate", "host", "hidden states of the calibration text", hidden),
-        Item("calibrate", "device", "weights of one block", size.block * run.weight_bytes),
-        Item("calibrate", "device", "statistics of one block, float64", statistics // max(1, size.blocks)),
-        Item("calibrate", "host", kept, statistics),
-        Item("calibrate", "device", "activations of one batch in one block", width),
-    ]
+    return _stage(
+        "calibrate",
+        ("host", "weights of the dense model", weights),
+        ("host", "hidden states of the calibration text", hidden),
+        ("device", "weights of one block", size.block * run.weight_bytes),
+        ("device", "statistics of one block, float64", statistics // max(1, size.blocks)),
+        ("host", _STATISTICS, statistics),
+        ("device", "activations of one batch in one block", width),
+    )
 
 
 def _feedback(size: ModelSize, run: RunShape) -> list[Item]:
@@ -346,23 +337,19 @@ def _feedback(size: ModelSize, run: RunShape) -> list[Item]:
     in calibration."""
     if not (run.measured or run.rounds > 1 or run.refitted):
         return []
-    target = size.target_parameters
     rounds = 2 if run.rounds > 1 else 1  # the statistics and vectors of the round before stay until the choice
     held = HELD_OUT * run.calibration_tokens * size.vocabulary * 2
     hidden = 3 * run.calibration_tokens * size.hidden * run.weight_bytes
-    return [
-        Item("feedback", "host", "weights of the dense model", size.parameters * run.weight_bytes),
-        Item("feedback", "host", "compressed target matrices, twice", 2 * target * run.weight_bytes),
-        Item("feedback", "host", "statistics of the rounds, float64", rounds * statistics_bytes(size, run.moments)),
-        Item(
-            "feedback",
-            "host",
-            "singular vectors of the rounds, float32",
-            rounds * vector_bytes(size, components=run.components),
-        ),
-        Item("feedback", "host", "predictions on held-out sequences, float16", int(held) if run.measured else 0),
-        Item("feedback", "host", "hidden states of both models", hidden if run.refitted else 0),
-    ]
+    vectors = vector_bytes(size, components=run.components)
+    return _stage(
+        "feedback",
+        ("host", "weights of the dense model", size.parameters * run.weight_bytes),
+        ("host", "compressed target matrices, twice", 2 * size.target_parameters * run.weight_bytes),
+        ("host", "statistics of the rounds, float64", rounds * statistics_bytes(size, run.moments)),
+        ("host", "singular vectors of the rounds, float32", rounds * vectors),
+        ("host", "predictions on held-out sequences, float16", int(held) if run.measured else 0),
+        ("host", "hidden states of both models", hidden if run.refitted else 0),
+    )
 
 
 def _recovery(size: ModelSize, run: RunShape, kept: int) -> list[Item]:
@@ -373,24 +360,16 @@ def _recovery(size: ModelSize, run: RunShape, kept: int) -> list[Item]:
         trained = adapter_parameters(size.matrices, run.keep_ratio, run.adapter_rank)
         width, name = 4, f"LoRA of rank {run.adapter_rank} on both factors, float32"
         extra = trained * width
-    return [
-        Item("recover", "device", "weights of the compressed model", kept * run.weight_bytes),
-        Item("recover", "device", f"{name}: weights" if extra else "", extra),
-        Item("recover", "device", f"{name}: gradients and AdamW's moments", training_bytes(trained, width)),
-        Item("recover", "device", "activations for the backward pass", activation_bytes(size, run)),
-        Item(
-            "recover",
-            "device",
-            "logits of one batch, their log-softmax and gradient",
-            logit_bytes(size, run, backward=True),
-        ),
-        Item(
-            "recover",
-            "disk",
-            "one checkpoint: weights and optimizer",
-            kept * run.weight_bytes + extra + 2 * trained * width,
-        ),
-    ]
+    weights = kept * run.weight_bytes
+    return _stage(
+        "recover",
+        ("device", "weights of the compressed model", weights),
+        ("device", f"{name}: weights", extra),
+        ("device", f"{name}: gradients and AdamW's moments", training_bytes(trained, width)),
+        ("device", "activations for the backward pass", activation_bytes(size, run)),
+        ("device", _BACKWARD_LOGITS, logit_bytes(size, run, backward=True)),
+        ("disk", "one checkpoint: weights and optimizer", weights + extra + 2 * trained * width),
+    )
 
 
 def _block_width(size: ModelSize) -> int:
@@ -425,12 +404,7 @@ def _input_owners(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, s
     try:
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=place))
-    except (
-        RuntimeError,
-        NotImplementedError,
-        ValueError,
-        TypeError,
-    ):  # an operation that needs values, or other inputs
+    except (RuntimeError, ValueError, TypeError):  # an operation that needs values, or other inputs
         return None
     finally:
         for handle in handles:

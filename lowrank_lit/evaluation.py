@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import DataError, ModelError, NonFiniteError
+from lowrank_lit.streaming import evaluating, logits_of, moved
 
 
 def perplexity(
@@ -28,8 +26,8 @@ def perplexity(
     the same weight, whatever the batch size. Nothing is left out: a target of probability 0 makes the result ``inf``.
 
     Args:
-        model: Called as ``model(input_ids=...)``; returns logits ``(batch, length, vocabulary)``, or an object that
-            holds them as ``.logits``. Evaluated in eval mode without gradients; every module gets its own mode back.
+        model: Called as ``model(input_ids=...)``; returns logits ``(batch, length, vocabulary)``, as a tensor, first in
+            a tuple, or as ``.logits``. Evaluated in eval mode without gradients; every module gets its own mode back.
         blocks: Token ids, LongTensor ``(n, length)``, both at least 1 and 2.
         batch_size: Blocks per forward pass.
         device: Where to evaluate; the model moves there and back. None stays where the model is.
@@ -44,8 +42,9 @@ def perplexity(
         NonFiniteError: If a logit is NaN or positive infinity; the message names the block.
     """
     _check_blocks(model, blocks, batch_size)
+    _check_places(model, device)
     total = 0.0
-    with torch.no_grad(), _in_eval(model), _on_device(model, device) as place:
+    with torch.no_grad(), evaluating(model), moved(model, device) as place:
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size].to(place)
             logits = _logits(model, ids)
@@ -76,12 +75,9 @@ def _block_loss(logits: Tensor, ids: Tensor, block: int) -> float:
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    # A cache of keys and values is of no use to a single pass, and for a long block it is larger than the activations.
-    cached = hasattr(getattr(model, "config", None), "use_cache")
-    output: Any = model(input_ids=ids, use_cache=False) if cached else model(input_ids=ids)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
-        shape = tuple(logits.shape) if isinstance(logits, Tensor) else "missing"
+    logits = logits_of(model, {"input_ids": ids})
+    if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+        shape = "missing" if logits is None else tuple(logits.shape)
         raise ModelError(
             f"{type(model).__name__}: logits are {shape}, needed are {tuple(ids.shape)} + vocabulary; "
             "give a causal language model"
@@ -112,36 +108,14 @@ def _check_blocks(model: nn.Module, blocks: Tensor, batch_size: int) -> None:
         )
 
 
-@contextmanager
-def _in_eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode for all modules; each gets its own flag back, because a model may be frozen in parts."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def _on_device(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device]:
-    """Hold the model on ``device``, or where it is; yields the device that the ids go to."""
+def _check_places(model: nn.Module, device: torch.device | str | None) -> None:
+    """Check that the model has weights to compute with, all in one place where it is to be moved."""
     places = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
-    home = places[0] if places else torch.device("cpu")
     if any(place.type == "meta" for place in places):
         raise ModelError(f"{type(model).__name__} has weights on the meta device; load them before evaluating")
-    if device is None:
-        yield home
-        return
-    if len(places) > 1:
+    if device is not None and len(places) > 1:
         spread = ", ".join(map(str, places))
         raise ModelError(f"device='{device}': {type(model).__name__} is spread over {spread}; leave device unset")
-    try:
-        model.to(device)
-        yield torch.device(device)
-    finally:
-        model.to(home)
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:

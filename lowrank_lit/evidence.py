@@ -25,7 +25,8 @@ from lowrank_lit.spectrum import Spectrum, scalar_gradient
 from lowrank_lit.statistics import LayerStatistics
 from lowrank_lit.surgery import Target
 
-_IN_NATS = frozenset({"two_sided", "fisher_two_sided", "fisher_input"})
+_PER_SEQUENCE = frozenset({"fisher_two_sided", "fisher_input"})
+_IN_NATS = _PER_SEQUENCE | {"two_sided"}
 """Half the dropped energy is a change of the loss, in nats per token or sequence."""
 
 
@@ -139,16 +140,22 @@ def profiles_of(
         power: Exponent of the modules' importance, by which predicted losses are multiplied. Statistics of the dense
             model do not see how errors grow through the layers after them, and the importance tells a part of it;
             statistics of the compressed model see more of it.
-        first_order: By name, for ``zero_sum``.
+        first_order: By name, for ``zero_sum``; a mean over the tokens that reach the layer, as the statistics are.
         tables: By name, for ``sensitivity``.
         probes: By name, for ``measured``.
     """
     profiles = []
+    statistics = calibration.statistics
+    nats = metric in _IN_NATS or predicts_nats(metric, statistics)
+    most = max((entry.tokens for entry in statistics.values()), default=0)
     for spec in specs:
         name = spec.name
         importance = calibration.importance.get(name, 1.0)
-        curve = _array(loss_curve(spectra[name], calibration.statistics.get(name), metric, importance))
-        nats = metric in _IN_NATS or predicts_nats(metric, calibration.statistics)
+        curve = _array(loss_curve(spectra[name], statistics.get(name), metric, importance))
+        # Moments are means over the tokens that reach a layer; a loss per token of the text counts the others as well.
+        share = statistics[name].tokens / most if most else 1.0
+        if nats:
+            curve = curve * importance**power * (1.0 if metric in _PER_SEQUENCE else share)
         profiles.append(
             MatrixProfile(
                 spec,
@@ -156,10 +163,10 @@ def profiles_of(
                 importance=importance,
                 kind=places[name][0],
                 block=places[name][1],
-                first_order=None if first_order is None else _array(first_order[name]),
-                nats=curve * importance**power if nats else curve,
+                first_order=None if first_order is None else _array(first_order[name]) * share,
+                nats=curve,
                 table=None if tables is None else tables[name],
-                probe=None if probes is None else probes[name],
+                probe=None if probes is None else probes.get(name),
             )
         )
     return profiles

@@ -17,14 +17,14 @@ from torch.nn import functional as F
 
 from lowrank_lit.errors import DataError, GradientError, NonFiniteError
 from lowrank_lit.statistics import GradientSums, energy_of, full_float32, real_tokens, widen
-from lowrank_lit.streaming import POSITIONAL, Batch, run_model
+from lowrank_lit.streaming import POSITIONAL, Batch, logits_of, real_positions
 
 Loss = Callable[[nn.Module, Batch], Tensor]
 """The forward of a model on a batch, and its loss in nats SUMMED over target tokens: a number with a gradient."""
 
 WeightOf = Callable[[nn.Module], Tensor]
 
-_REMEDY = "use metric='input', or give a loss of your own"
+_REMEDY = "use metric='input' (preset='unirank')"
 _IGNORED = -100
 # Nats per token by which a layer's outputs, changed by their own size, change the loss: below it is rounding of logits.
 _NEGLIGIBLE = 1e-6
@@ -47,10 +47,7 @@ def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
     logits = _logits(model, batch, ids)
     labels = torch.full_like(ids, _IGNORED, dtype=torch.long)
     labels[:, :-1] = ids[:, 1:]  # the labels are shifted: a slice of the logits would be a copy of them
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        real = mask.bool()
-        labels[:, :-1].masked_fill_(~(real[:, 1:] & real[:, :-1]), _IGNORED)
+    labels[:, :-1].masked_fill_(~predicted_positions(batch), _IGNORED)
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide.flatten(0, 1), labels.to(wide.device).flatten(), ignore_index=_IGNORED, reduction="sum")
 
@@ -83,28 +80,40 @@ class SampledTokenLoss:
         if not bool(torch.isfinite(probabilities).all()):
             raise NonFiniteError("the logits on the calibration text hold a NaN or infinity; check the weights")
         labels = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-        mask = batch.get("attention_mask")
-        if mask is not None:
-            real = mask.bool()
-            labels.masked_fill_(~(real[:, 1:] & real[:, :-1]).flatten().to(labels.device), _IGNORED)
+        labels.masked_fill_(~predicted_positions(batch).flatten().to(labels.device), _IGNORED)
         return F.cross_entropy(wide, labels, ignore_index=_IGNORED, reduction="sum")
+
+
+def predicted_positions(batch: Batch) -> Tensor:
+    """Positions of which the next-token losses count the prediction, bool ``(batch, length - 1)``: they and the next
+    one are real.
+
+    Raises:
+        GradientError: If the batch holds no token ids.
+    """
+    real = real_positions(batch)
+    if real is None:
+        return torch.ones_like(_token_ids(batch)[:, 1:], dtype=torch.bool)
+    return real[:, 1:] & real[:, :-1]
 
 
 def require_next_token_model(model: nn.Module, batch: Batch) -> None:
     """Check that a model predicts next tokens: what it says at a position must not depend on the tokens after it.
 
-    Two forwards of the first sequence, without gradients. A masked language model, which sees every token that it is
-    asked for, would otherwise give small gradients that mean nothing.
+    Two forwards of the first sequence of two tokens or more, without gradients. A masked language model, which sees
+    every token that it is asked for, would otherwise give small gradients that mean nothing.
 
     Raises:
         GradientError: If the model has no logits for each token, or looks ahead.
     """
-    first = {key: value[:1] for key, value in batch.items()}
-    ids = _token_ids(first)
-    mask = first.get("attention_mask")
-    last = ids.shape[1] - 1 if mask is None else int(mask[0].nonzero().max())
-    if last == 0:
+    real = real_positions(batch)
+    lengths = torch.full((len(_token_ids(batch)),), _token_ids(batch).shape[1]) if real is None else real.sum(1)
+    if int(lengths.max()) < 2:
         return
+    row = int((lengths > 1).nonzero()[0])
+    first = {key: value[row : row + 1] for key, value in batch.items()}
+    ids = _token_ids(first)
+    last = ids.shape[1] - 1 if real is None else int(real[row].nonzero().max())
     other = ids.clone()
     other[0, last] = (ids[0, last] + 1) % (int(ids.max()) + 1)
     key = "input_ids" if "input_ids" in first else POSITIONAL
@@ -359,9 +368,8 @@ def _token_ids(batch: Batch) -> Tensor:
 
 
 def _logits(model: nn.Module, batch: Batch, ids: Tensor) -> Tensor:
-    output = run_model(model, batch)
-    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[:2] != ids.shape:
+    logits = logits_of(model, batch)
+    if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         raise GradientError(
             f"{type(model).__name__} gives no logits (batch, length, vocabulary) for the next token; {_REMEDY}"
         )

@@ -8,7 +8,9 @@ like any other.
 
 An export also holds one empty tensor under the name of a weight that was factored. transformers without this package
 skips a plan that it does not know, builds the dense model and would leave its weights to chance; that tensor makes it
-an error. (``save_pretrained`` of a model in memory writes no such tensor.)
+an error. ``save_pretrained`` of a model in memory writes no such tensor: it takes the state dict as it is, where a
+tensor that is none of the model's would fail every strict ``load_state_dict``, or asks a quantizer on the model, in
+whose presence it drops a state dict that the caller gives (sharded training does) and treats the model as quantised.
 
 ``lowrank_lit.json`` beside it, with or without a plan, says which run wrote the folder, so that nothing else is ever
 overwritten.
@@ -197,6 +199,9 @@ def register() -> None:
 
 def attach(model: nn.Module, plan: RankPlan) -> None:
     """Write the plan into the model's config, so that ``model.save_pretrained`` gives a folder that loads.
+
+    It loads where this package is imported. Elsewhere transformers warns of an unknown quantization type, lists the
+    missing weights and leaves them to chance; write folders for others with :func:`export`, which makes that an error.
 
     Raises:
         ModelError: If the model is no transformers model, or is not factored yet.

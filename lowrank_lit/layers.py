@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,133 @@ from lowrank_lit.errors import ModelError, NonFiniteError
 from lowrank_lit.pivot import pivot_factors
 
 
-class FactoredLinear(nn.Module):
+class _TwoParts(nn.Module):
+    """What both layers share: sizes, two plain ``nn.Linear`` children, and the ways to make one.
+
+    ``bias`` is the subclass's own: a property of the one, a parameter of the other.
+    """
+
+    in_features: int
+    out_features: int
+    rank: int
+    inner: nn.Linear
+    outer: nn.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        greatest, what = self._greatest_rank(in_features, out_features)
+        if not 1 <= rank <= greatest:
+            raise ModelError(
+                f"rank={rank} does not fit {what} of shape ({out_features}, {in_features}); "
+                f"choose a rank from 1 to {greatest}"
+            )
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.inner = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
+        self._add_outer(bias, device, dtype)
+
+    @staticmethod
+    def _greatest_rank(in_features: int, out_features: int) -> tuple[int, str]:
+        """The rank that the form has at most, and how an error calls the form."""
+        raise NotImplementedError
+
+    def _add_outer(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Make ``outer``, the bias, and what else the form has."""
+        raise NotImplementedError
+
+    def _store(self, outer: Tensor, inner: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """Copy the factors (out_features, rank) and (rank, in_features) into an empty layer, checked."""
+        raise NotImplementedError
+
+    @classmethod
+    def empty(
+        cls,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        *,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """A layer to load weights into: every number is NaN and every index -1, so that one which was not loaded shows.
+
+        Draws no random numbers.
+
+        Args:
+            in_features: Columns of W.
+            out_features: Rows of W.
+            rank: As of the class.
+            bias: Whether there is a bias.
+            device: Of everything; "meta" allocates nothing.
+            dtype: Of the parameters.
+
+        Raises:
+            ModelError: If the rank is out of the class's range.
+        """
+        layer = cls(in_features, out_features, rank, bias=bias, device="meta", dtype=dtype)
+        _fill_with_nan(layer, device)
+        return layer
+
+    @classmethod
+    def from_factors(
+        cls,
+        outer: Tensor,
+        inner: Tensor,
+        bias: Tensor | None,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """Build a layer from two factors of its weight; values are copied and every parameter requires a gradient.
+
+        The pivot form finds its rows and coefficients in float64.
+
+        Args:
+            outer: Left factor (out_features, rank); in pivot form rank < out_features.
+            inner: Right factor (rank, in_features).
+            bias: Bias (out_features,), or None.
+            dtype: Of the stored numbers; None keeps that of ``outer``.
+            device: Of the stored numbers; None keeps that of ``outer``.
+
+        Raises:
+            ModelError: If the shapes do not belong together, the rank is out of range, or a coefficient of the pivot
+                form is too large.
+            NonFiniteError: If a number is NaN or infinite, or becomes infinite in ``dtype``.
+        """
+        _check_shapes(outer, inner, bias)
+        dtype = outer.dtype if dtype is None else dtype
+        layer = cls.empty(
+            inner.shape[1],
+            outer.shape[0],
+            outer.shape[1],
+            bias=bias is not None,
+            device=outer.device if device is None else device,
+            dtype=dtype,
+        )
+        with torch.no_grad():
+            layer._store(outer, inner, bias, dtype)
+        return layer
+
+    def extra_repr(self) -> str:
+        """Sizes, as ``print(model)`` shows them."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}"
+        )
+
+
+class FactoredLinear(_TwoParts):
     """A linear map whose weight is the product of two factors: y = outer (inner x) + b, with W ~ outer inner.
 
     Both factors are plain ``nn.Linear`` children, so that PEFT, bitsandbytes, DeepSpeed and ``torch.compile`` meet
@@ -31,97 +157,18 @@ class FactoredLinear(nn.Module):
         ModelError: If the rank is outside 1..min(in_features, out_features).
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
-            raise ModelError(
-                f"rank={rank} does not fit a weight of shape ({out_features}, {in_features}); "
-                f"choose a rank from 1 to {min(in_features, out_features)}"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.inner = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.outer = nn.Linear(rank, out_features, bias=bias, device=device, dtype=dtype)
+    @staticmethod
+    def _greatest_rank(in_features: int, out_features: int) -> tuple[int, str]:
+        return min(in_features, out_features), "a weight"
 
-    @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> FactoredLinear:
-        """A layer to load weights into: every number is NaN, so that one which was not loaded shows.
+    def _add_outer(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.outer = nn.Linear(self.rank, self.out_features, bias=bias, device=device, dtype=dtype)
 
-        Draws no random numbers.
-
-        Args:
-            in_features: Columns of W.
-            out_features: Rows of W.
-            rank: Columns of ``outer``.
-            bias: Whether ``outer`` has a bias.
-            device: Of both factors; "meta" allocates nothing.
-            dtype: Of both factors.
-
-        Raises:
-            ModelError: If the rank is outside 1..min(in_features, out_features).
-        """
-        layer = cls(in_features, out_features, rank, bias=bias, device="meta", dtype=dtype)
-        _fill_with_nan(layer, device)
-        return layer
-
-    @classmethod
-    def from_factors(
-        cls,
-        outer: Tensor,
-        inner: Tensor,
-        bias: Tensor | None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> FactoredLinear:
-        """Build a layer from factors; values are copied and every parameter requires a gradient.
-
-        Args:
-            outer: Left factor (out_features, rank).
-            inner: Right factor (rank, in_features).
-            bias: Bias (out_features,), or None.
-            dtype: Of the stored factors; None keeps that of ``outer``.
-            device: Of the stored factors; None keeps that of ``outer``.
-
-        Raises:
-            ModelError: If the shapes do not belong together.
-            NonFiniteError: If a number is NaN or infinite, or becomes infinite in ``dtype``.
-        """
-        _check_shapes(outer, inner, bias)
-        dtype = outer.dtype if dtype is None else dtype
-        layer = cls.empty(
-            inner.shape[1],
-            outer.shape[0],
-            outer.shape[1],
-            bias=bias is not None,
-            device=outer.device if device is None else device,
-            dtype=dtype,
-        )
-        with torch.no_grad():
-            layer.outer.weight.copy_(_checked(outer, "outer", dtype))
-            layer.inner.weight.copy_(_checked(inner, "inner", dtype))
-            if bias is not None:
-                layer.outer.bias.copy_(_checked(bias, "bias", dtype))
-        return layer
+    def _store(self, outer: Tensor, inner: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
+        self.outer.weight.copy_(_checked(outer, "outer", dtype))
+        self.inner.weight.copy_(_checked(inner, "inner", dtype))
+        if bias is not None:
+            self.outer.bias.copy_(_checked(bias, "bias", dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The factors of the weight: outer (out_features, rank) and inner (rank, in_features), the parameters
@@ -146,15 +193,8 @@ class FactoredLinear(nn.Module):
         result: Tensor = self.outer(self.inner(x))
         return result
 
-    def extra_repr(self) -> str:
-        """Sizes, as ``print(model)`` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.outer.bias is not None}"
-        )
 
-
-class PivotLinear(nn.Module):
+class PivotLinear(_TwoParts):
     """A linear map of rank k whose weight is k of its own rows and the coefficients of the others (arXiv:2501.19090).
 
     With the pivot rows P (rank, in_features) and coefficients E (out_features - rank, rank): z = P x, the outputs of
@@ -180,102 +220,23 @@ class PivotLinear(nn.Module):
     positions: Tensor
     bias: nn.Parameter | None
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        if not 1 <= rank <= min(in_features, out_features - 1):
-            raise ModelError(
-                f"rank={rank} does not fit the pivot form of a weight of shape ({out_features}, {in_features}); "
-                f"choose a rank from 1 to {min(in_features, out_features - 1)}"
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.inner = nn.Linear(in_features, rank, bias=False, device=device, dtype=dtype)
-        self.outer = nn.Linear(rank, out_features - rank, bias=False, device=device, dtype=dtype)
-        self.register_parameter(
-            "bias", nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        self.register_buffer("positions", torch.arange(out_features, dtype=torch.int32, device=device))
+    @staticmethod
+    def _greatest_rank(in_features: int, out_features: int) -> tuple[int, str]:
+        return min(in_features, out_features - 1), "the pivot form of a weight"
 
-    @classmethod
-    def empty(
-        cls,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        *,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> PivotLinear:
-        """A layer to load weights into: every number is NaN and every position -1, so that one which was not loaded
-        shows; draws no random numbers.
+    def _add_outer(self, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        rows = self.out_features
+        self.outer = nn.Linear(self.rank, rows - self.rank, bias=False, device=device, dtype=dtype)
+        self.register_parameter("bias", nn.Parameter(torch.zeros(rows, device=device, dtype=dtype)) if bias else None)
+        self.register_buffer("positions", torch.arange(rows, dtype=torch.int32, device=device))
 
-        Args:
-            in_features: Columns of W.
-            out_features: Rows of W.
-            rank: Pivot rows.
-            bias: Whether there is a bias.
-            device: Of everything; "meta" allocates nothing.
-            dtype: Of the parameters.
-
-        Raises:
-            ModelError: If the rank is outside 1..min(in_features, out_features - 1).
-        """
-        layer = cls(in_features, out_features, rank, bias=bias, device="meta", dtype=dtype)
-        _fill_with_nan(layer, device)
-        return layer
-
-    @classmethod
-    def from_factors(
-        cls,
-        outer: Tensor,
-        inner: Tensor,
-        bias: Tensor | None,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> PivotLinear:
-        """Build a layer from two factors of its weight; rows and coefficients are found in float64.
-
-        Args:
-            outer: Left factor (out_features, rank), rank < out_features.
-            inner: Right factor (rank, in_features).
-            bias: Bias (out_features,), or None.
-            dtype: Of the stored numbers; None keeps that of ``outer``.
-            device: Of the stored numbers; None keeps that of ``outer``.
-
-        Raises:
-            ModelError: If the shapes do not belong together, the rank is out of range, or a coefficient is too large.
-            NonFiniteError: If a number is NaN or infinite, or becomes infinite in ``dtype``.
-        """
-        _check_shapes(outer, inner, bias)
-        dtype = outer.dtype if dtype is None else dtype
-        layer = cls.empty(
-            inner.shape[1],
-            outer.shape[0],
-            outer.shape[1],
-            bias=bias is not None,
-            device=outer.device if device is None else device,
-            dtype=dtype,
-        )
+    def _store(self, outer: Tensor, inner: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         found = pivot_factors(_checked(outer, "outer", outer.dtype), _checked(inner, "inner", inner.dtype))
-        with torch.no_grad():
-            layer.inner.weight.copy_(_checked(found.pivots, "pivots", dtype))
-            layer.outer.weight.copy_(_checked(found.coefficients, "coefficients", dtype))
-            layer.positions.copy_(found.positions)
-            if layer.bias is not None and bias is not None:
-                layer.bias.copy_(_checked(bias, "bias", dtype))
-        return layer
+        self.inner.weight.copy_(_checked(found.pivots, "pivots", dtype))
+        self.outer.weight.copy_(_checked(found.coefficients, "coefficients", dtype))
+        self.positions.copy_(found.positions)
+        if self.bias is not None and bias is not None:
+            self.bias.copy_(_checked(bias, "bias", dtype))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Factors of the weight: (I; E) in the order of the outputs (out_features, rank), and the pivot rows
@@ -298,13 +259,6 @@ class PivotLinear(nn.Module):
         pivots = self.inner(x)
         result = torch.cat([pivots, self.outer(pivots)], dim=-1).index_select(-1, self.positions)
         return result if self.bias is None else result + self.bias
-
-    def extra_repr(self) -> str:
-        """Sizes, as ``print(model)`` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
-        )
 
 
 FactoredLayer: TypeAlias = FactoredLinear | PivotLinear

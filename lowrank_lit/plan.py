@@ -23,8 +23,8 @@ from lowrank_lit.errors import ExportError, PlanError
 FORMAT_VERSION = 2
 """Version of the dictionary and the file; a reader refuses a newer one, and reads every older one.
 
-Version 2 added the pivot form, and of a plan ``preset``, ``feedback``, ``storage``, ``predicted_nats``, ``nested`` and
-``order``.
+Version 2 added the pivot form, and of a plan ``preset``, ``feedback``, ``storage``, ``predicted_nats``, ``nested``,
+``order`` and ``quantum``.
 """
 
 _FORMS = ("factored", "dense", "pivot")
@@ -129,6 +129,9 @@ class RankPlan:
     """For a nested plan, the components beyond the floors, the most worth keeping first: each entry is the index in
     ``matrices`` of the matrix whose next component it is. The floor of a factored matrix is its rank less its entries.
     In the file, base64 of zlib of little-endian 16-bit numbers."""
+    quantum: int = 1
+    """What the ranks of matrices that are not dense are multiples of; an order names each matrix this many times in a
+    row, and is cut between such runs only."""
 
     def __post_init__(self) -> None:
         if not self.matrices:
@@ -147,6 +150,8 @@ class RankPlan:
             raise PlanError(f"notes={self.notes!r} must be strings")
         if self.predicted_nats is not None and not _is_number(self.predicted_nats):
             raise PlanError(f"predicted_nats={self.predicted_nats!r} must be a finite number or null")
+        if not _is_count(self.quantum):
+            raise PlanError(f"quantum={self.quantum!r} must be a whole number of 1 or more")
         if not isinstance(self.nested, bool):
             raise PlanError(f"nested={self.nested!r} must be true or false")
         self._check_order()
@@ -169,6 +174,18 @@ class RankPlan:
                     f"order has {count} components of matrix '{matrix.name}' ({matrix.form}, rank {matrix.rank}); list "
                     "the components of factored matrices beyond a floor of 1 or more"
                 )
+            if matrix.rank % self.quantum:
+                raise PlanError(
+                    f"rank={matrix.rank} of matrix '{matrix.name}' is no multiple of quantum={self.quantum}; give the "
+                    "quantum that the ranks were chosen with, or 1"
+                )
+        # Whole runs of one matrix each; with the ranks above, the floors are multiples too.
+        runs = [self.order[start :: self.quantum] for start in range(self.quantum)]
+        if any(run != runs[0] for run in runs):
+            raise PlanError(
+                f"order does not name each matrix quantum={self.quantum} times in a row; give the quantum that it was "
+                "made with, or 1"
+            )
 
     @property
     def parameters(self) -> int:
@@ -286,8 +303,8 @@ class RankPlan:
 def truncated_plan(plan: RankPlan, keep_ratio: float) -> RankPlan:
     """The plan of a smaller model inside a nested one: the longest beginning of its order that the budget allows.
 
-    Dense matrices stay dense. The result is nested too, so that it can be truncated further, and smaller budgets give
-    ranks that are nowhere larger.
+    Dense matrices stay dense, and ranks stay multiples of the plan's quantum. The result is nested too, so that it can
+    be truncated further, and smaller budgets give ranks that are nowhere larger.
 
     Args:
         plan: A nested plan.
@@ -321,12 +338,12 @@ def truncated_plan(plan: RankPlan, keep_ratio: float) -> RankPlan:
             f"need {spent}; choose at least {spent / plan.dense_parameters:.4f}"
         )
     kept = 0
-    for index in plan.order:
-        spent += plan.matrices[index].rows + plan.matrices[index].columns
+    for index in plan.order[:: plan.quantum]:
+        spent += plan.quantum * (plan.matrices[index].rows + plan.matrices[index].columns)
         if spent > budget:
             break
-        ranks[index] += 1
-        kept += 1
+        ranks[index] += plan.quantum
+        kept += plan.quantum
     matrices = tuple(
         matrix if rank == matrix.rank else replace(matrix, rank=rank, kept_energy=None)
         for matrix, rank in zip(plan.matrices, ranks, strict=True)

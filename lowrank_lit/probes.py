@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit.allocation import MatrixSpec
+from lowrank_lit.calibration import count_sequences
 from lowrank_lit.errors import GradientError
-from lowrank_lit.gradients import next_token_loss, require_next_token_model
-from lowrank_lit.refit import evaluating, substituted
-from lowrank_lit.selection import divergence, log_probabilities
-from lowrank_lit.streaming import Batch, moved, to_device
+from lowrank_lit.gradients import next_token_loss, predicted_positions, require_next_token_model
+from lowrank_lit.refit import substituted
+from lowrank_lit.selection import divergence, log_probabilities, measuring
+from lowrank_lit.streaming import Batch, to_device
 
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Keep ratios of a loss table, ASVD's grid."""
@@ -66,7 +67,7 @@ def loss_tables(
     own, share = _part(batches, sequences)
     tables: dict[str, dict[float, float]] = {}
     runs = 0
-    with moved(model, device) as place, evaluating(model), torch.no_grad():
+    with measuring(model, device) as place:
         try:
             require_next_token_model(model, to_device(dict(own[0]), place))
         except GradientError as error:
@@ -111,20 +112,23 @@ def divergences(
         sequences: Sequences to measure on.
 
     Returns:
-        Rank and divergence in nats per token by name, and the passes over the whole calibration text that they took.
+        Rank and divergence in nats per token by name, of the matrices that have a lower rank, and the passes over the
+        whole calibration text that they took.
 
     Raises:
         DataError: If the model gives no logits.
     """
     own, share = _part(batches, sequences)
     found: dict[str, tuple[int, float]] = {}
-    with moved(model, device) as place, evaluating(model), torch.no_grad():
+    with measuring(model, device) as place:
         dense = [log_probabilities(model, batch, place) for batch in own]
         for spec in tqdm(specs, desc="measuring", unit="matrix", disable=None, leave=False):
-            rank = max(1, round(PROBE_SHARE * spec.break_even))
+            rank = max(1, round(PROBE_SHARE * spec.dense_cost / (spec.rows + spec.columns)))
+            if rank >= spec.full_rank:  # a single row or column cannot be cut
+                continue
             with substituted(layers, {spec.name: cut(spec.name, rank)}):
                 found[spec.name] = (rank, max(0.0, divergence(model, own, dense, place)))
-    return found, (len(specs) + 1) * share
+    return found, (len(found) + 1) * share
 
 
 def _rank_of(spec: MatrixSpec, ratio: float) -> int:
@@ -135,22 +139,17 @@ def _rank_of(spec: MatrixSpec, ratio: float) -> int:
 
 def _part(batches: Sequence[Batch], sequences: int) -> tuple[list[Batch], float]:
     """The first sequences, and their share of all."""
-    counts = [len(next(iter(batch.values()))) for batch in batches]
     part: list[Batch] = []
-    taken = 0
-    for batch, count in zip(batches, counts, strict=True):
-        if taken >= sequences:
-            break
-        part.append({key: value[: sequences - taken] for key, value in batch.items()})
-        taken += min(count, sequences - taken)
-    return part, taken / sum(counts)
+    for batch in batches:
+        left = sequences - count_sequences(part)
+        if left > 0:
+            part.append({key: value[:left] for key, value in batch.items()})
+    return part, count_sequences(part) / count_sequences(batches)
 
 
 def _loss(model: nn.Module, batches: Sequence[Batch], place: torch.device | None) -> float:
     total, tokens = 0.0, 0
     for batch in batches:
-        inputs = to_device(dict(batch), place)
-        total += float(next_token_loss(model, inputs))
-        mask = batch.get("attention_mask", torch.ones_like(batch.get("input_ids", next(iter(batch.values())))))
-        tokens += int((mask[:, 1:].bool() & mask[:, :-1].bool()).sum())
+        total += float(next_token_loss(model, to_device(dict(batch), place)))
+        tokens += int(predicted_positions(batch).sum())
     return total / max(1, tokens)

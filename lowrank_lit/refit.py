@@ -27,7 +27,16 @@ from lowrank_lit.linalg import damp, dual_roots, require_finite, to_double
 from lowrank_lit.metrics import GRADIENT_SHRINKAGE
 from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.statistics import LayerStatistics, MomentSum, full_float32, real_tokens, widen
-from lowrank_lit.streaming import Batch, BlockCalls, capture_calls, moved
+from lowrank_lit.streaming import (
+    Batch,
+    BlockCalls,
+    capture_calls,
+    each_in_one_block,
+    evaluating,
+    layers_inside,
+    moved,
+    real_positions,
+)
 from lowrank_lit.surgery import dense_weight
 
 BETAS = (0.0, 0.5, 1.0)
@@ -128,7 +137,7 @@ def anchored_refit(
         NonFiniteError: If the compressed model's activations are NaN or infinite; names the layer.
     """
     blocks = find_repeating_blocks(model)
-    if not held_out(len(batches)) or not _each_in_one_block(layers, blocks):
+    if not held_out(len(batches)) or not each_in_one_block(layers, blocks):
         return None
     with torch.no_grad(), full_float32(), evaluating(model):
         calls = capture_calls(model, blocks, batches)
@@ -138,19 +147,27 @@ def anchored_refit(
         share = len(streams.held) / len(batches)
         result = AnchoredRefit({}, {}, 3 + share * (1 + len(betas)))
         for index, (name, block) in enumerate(tqdm(blocks, desc="fitting", unit="block", disable=None, leave=False)):
-            members = {id(module) for module in block.modules()}
-            inside = {key: layers[key] for key in weights if id(layers[key]) in members}
-            known = [statistics[key] for key, layer in layers.items() if id(layer) in members]
             with moved(block, device) as place:
-                own = {key: weights[key] for key in inside}
-                root = _output_root(known, streams.dense[0].shape[-1], place)
-                found = _fit_block(streams, index, block, inside, own, statistics, root, fit, betas, place)
-                streams.advance(index, block, inside, found.weights, place)
+                stage = _Stage(index, block, layers_inside({key: layers[key] for key in weights}, block), place)
+                own = {key: weights[key] for key in stage.layers}
+                root = _output_root(streams, stage, layers_inside(layers, block), statistics)
+                found = _fit_block(streams, stage, own, statistics, root, fit, betas)
+                streams.advance(stage, found.weights)
             result.betas[name] = found.beta
             for key, factors in found.factors.items():
                 kind = torch.promote_types(dense_weight(layers[key]).dtype, torch.float32)
                 result.factors[key] = (factors[0].to("cpu", kind), factors[1].to("cpu", kind))
     return result
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One block where it is computed with, and the layers in it that are fitted."""
+
+    index: int
+    block: nn.Module
+    layers: Mapping[str, nn.Module]
+    place: torch.device | None
 
 
 @dataclass
@@ -168,80 +185,62 @@ class _Streams:
 
     def __init__(self, calls: Sequence[BlockCalls], batches: Sequence[Batch]) -> None:
         self.calls = calls
-        self.masks = [_mask(batch) for batch in batches]
+        self.masks = [real_positions(batch) for batch in batches]
         self.dense = [cast(Tensor, call.hidden) for call in calls]
         self.compressed = list(self.dense)
         self.after: list[Tensor] = []  # the dense block's outputs
         self.held = held_out(len(calls))
 
-    def run(self, index: int, block: nn.Module, number: int, hidden: Tensor, place: torch.device | None) -> Tensor:
-        return self.calls[number].run(block, index, hidden, place)
+    def run(self, stage: _Stage, number: int, hidden: Tensor) -> Tensor:
+        """What the block as it is returns for hidden states of a batch."""
+        return self.calls[number].run(stage.block, stage.index, hidden, stage.place)
 
-    def error(
-        self,
-        index: int,
-        block: nn.Module,
-        layers: Mapping[str, nn.Module],
-        weights: Mapping[str, Tensor],
-        root: Tensor | None,
-        place: torch.device | None,
-    ) -> float:
+    def outputs(self, stage: _Stage, weights: Mapping[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
+        """What the block with these weights returns for the compressed model's hidden states of some batches."""
+        with substituted(stage.layers, weights):
+            return [self.run(stage, number, self.compressed[number]) for number in numbers]
+
+    def error(self, stage: _Stage, weights: Mapping[str, Tensor], root: Tensor | None) -> float:
         """Squared distance of the block's output from the dense one's over the held-out tokens, in the norm of
         ``root root^T``."""
         total = 0.0
-        with substituted(layers, weights):
-            for number in self.held:
-                output = self.run(index, block, number, self.compressed[number], place)
-                difference = real_tokens(output - self.after[number], self.masks[number])
-                wide = widen(difference)
-                wide = wide if root is None else wide @ root.to(wide)
-                total += float(wide.square().sum(dtype=torch.float64))
+        for number, output in zip(self.held, self.outputs(stage, weights, self.held), strict=True):
+            wide = widen(real_tokens(output - self.after[number], self.masks[number]))
+            wide = wide if root is None else wide @ root.to(wide)
+            total += float(wide.square().sum(dtype=torch.float64))
         return total
 
-    def advance(
-        self,
-        index: int,
-        block: nn.Module,
-        layers: Mapping[str, nn.Module],
-        weights: Mapping[str, Tensor],
-        place: torch.device | None,
-    ) -> None:
+    def advance(self, stage: _Stage, weights: Mapping[str, Tensor]) -> None:
         """Both models go on to the next block."""
-        with substituted(layers, weights):
-            self.compressed = [
-                self.run(index, block, number, hidden, place) for number, hidden in enumerate(self.compressed)
-            ]
+        self.compressed = self.outputs(stage, weights, range(len(self.calls)))
         self.dense, self.after = self.after, []
         for call in self.calls:
-            call.arguments[index] = ((), {})
+            call.arguments[stage.index] = ((), {})
 
 
 def _fit_block(
     streams: _Streams,
-    index: int,
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
+    stage: _Stage,
     weights: Mapping[str, Tensor],
     statistics: Mapping[str, LayerStatistics],
     root: Tensor | None,
     fit: Fit,
     betas: Sequence[float],
-    place: torch.device | None,
 ) -> _Candidate:
-    fitted, everything = _paired_moments(streams, index, block, layers, weights, place)
+    fitted, everything = _paired_moments(streams, stage, weights)
     kept = _Candidate(None, weights, {})
     if not fitted:
         return kept
-    kept.error = streams.error(index, block, layers, weights, root, place)
+    kept.error = streams.error(stage, weights, root)
     tried = []
     for beta in betas:
-        candidate = _candidate(beta, fitted, layers, weights, statistics, fit)
-        candidate.error = streams.error(index, block, layers, candidate.weights, root, place)
+        candidate = _candidate(beta, fitted, stage.layers, weights, statistics, fit)
+        candidate.error = streams.error(stage, candidate.weights, root)
         tried.append(candidate)
     best = min(tried, key=lambda candidate: candidate.error)
     if best.beta is None or not best.error <= SLACK * kept.error:
         return kept
-    return _candidate(best.beta, everything, layers, weights, statistics, fit)
+    return _candidate(best.beta, everything, stage.layers, weights, statistics, fit)
 
 
 def _candidate(
@@ -261,26 +260,36 @@ def _candidate(
     return _Candidate(beta, {**weights, **{name: outer @ inner for name, (outer, inner) in factors.items()}}, factors)
 
 
-def _output_root(statistics: Sequence[LayerStatistics], width: int, place: torch.device | None) -> Tensor | None:
-    """Root of the loss's curvature at a block's output, ``(width, width)``; ``None`` where no gradients are known.
+def _output_root(
+    streams: _Streams, stage: _Stage, layers: Mapping[str, nn.Module], statistics: Mapping[str, LayerStatistics]
+) -> Tensor | None:
+    """Root of the loss's curvature at a block's output, ``(width, width)``; ``None`` where it is not known.
 
-    The last matrix that writes into the residual stream gets the gradient of the block's output.
+    A layer that moves the block's output by just as much as its own output moves, such as the last projection of a
+    block with its norms in front, gets the gradient of the block's output.
     """
-    moments = [entry.gradient_moment for entry in statistics]
-    found = [moment for moment in moments if moment is not None and len(moment) == width]
-    if not found or not bool(found[-1].any()):
-        return None
-    return dual_roots(damp(found[-1].to(place), GRADIENT_SHRINKAGE))[0]
+    width = streams.dense[0].shape[-1]
+    for name in reversed(list(layers)):
+        moment = statistics[name].gradient_moment
+        if moment is not None and len(moment) == width and moment.any() and _moves(streams, stage, layers[name]):
+            return dual_roots(damp(moment.to(stage.place), GRADIENT_SHRINKAGE))[0]
+    return None
 
 
-def _paired_moments(
-    streams: _Streams,
-    index: int,
-    block: nn.Module,
-    layers: Mapping[str, nn.Module],
-    weights: Mapping[str, Tensor],
-    place: torch.device | None,
-) -> tuple[_Moments, _Moments]:
+def _moves(streams: _Streams, stage: _Stage, layer: nn.Module) -> bool:
+    """Whether what is added to a layer's output comes out of the block as it is."""
+    hidden = streams.dense[0]
+    step = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(0)).to(hidden) * hidden.std()
+    before = streams.run(stage, 0, hidden)
+    hook = layer.register_forward_hook(lambda _, __, output: output + step.to(output.device))
+    try:
+        difference = streams.run(stage, 0, hidden) - before - step
+    finally:
+        hook.remove()
+    return float(widen(difference).square().mean()) < 0.01 * float(widen(step).square().mean())
+
+
+def _paired_moments(streams: _Streams, stage: _Stage, weights: Mapping[str, Tensor]) -> tuple[_Moments, _Moments]:
     """``E[z z^T]`` and ``E[x z^T]`` of every layer, over the fitted batches and over all; the dense outputs are kept.
 
     A layer is left out where some batch gives it other than one vector per token of the block, once.
@@ -289,17 +298,16 @@ def _paired_moments(
     inputs = _Inputs()
     unpaired: set[str] = set()
     with ExitStack() as hooks:
-        for name, layer in layers.items():
+        for name, layer in stage.layers.items():
             hooks.callback(layer.register_forward_pre_hook(inputs.hook(name)).remove)
         streams.after = []
         for number, hidden in enumerate(streams.dense):
-            streams.after.append(streams.run(index, block, number, hidden, place))
+            streams.after.append(streams.run(stage, number, hidden))
             dense = inputs.take(hidden)
-            with substituted(layers, weights):
-                streams.run(index, block, number, streams.compressed[number], place)
+            streams.outputs(stage, weights, [number])
             compressed, mask = inputs.take(hidden), streams.masks[number]
-            both = [name for name in layers if name in dense and name in compressed]
-            unpaired.update(layers.keys() - both)
+            both = [name for name in stage.layers if name in dense and name in compressed]
+            unpaired.update(stage.layers.keys() - both)
             for group in _sharers(both, dense, compressed):
                 x, z = dense[group[0]], compressed[group[0]]
                 if group not in sums:
@@ -390,24 +398,3 @@ def _sharers(
     for name in names:
         groups.setdefault((id(dense[name]), id(compressed[name])), []).append(name)
     return [tuple(names) for names in groups.values()]
-
-
-def _mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask")
-    return None if mask is None or mask.ndim != 2 else mask.bool()
-
-
-def _each_in_one_block(layers: Mapping[str, nn.Module], blocks: Sequence[tuple[str, nn.Module]]) -> bool:
-    inside = [id(module) for _, block in blocks for module in block.modules()]
-    return all(inside.count(id(layer)) == 1 for layer in layers.values())
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -308,15 +308,22 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
 
 
 def plot_prediction(
-    points: Sequence[tuple[float, float]], path: str | os.PathLike[str], *, keep_ratio: float, nats: float | None
+    points: Sequence[tuple[float, float]],
+    path: str | os.PathLike[str],
+    *,
+    keep_ratio: float,
+    nats: float | None,
+    basis: str = "statistics of the dense model",
 ) -> None:
     """Draw the predicted rise of the loss against the keep ratio, and save it as PNG.
 
     Args:
-        points: ``(keep_ratio, nats per token)``; what is not above 0 has no place on the logarithmic axis.
+        points: ``(keep_ratio, nats per token)`` of the line, from statistics of the dense model; what is not above 0
+            has no place on the logarithmic axis.
         path: To write.
         keep_ratio: Of the recipe, which is marked.
-        nats: Predicted for the recipe's own plan, if known.
+        nats: Predicted for the recipe's own plan, if known; its mark need not lie on the line.
+        basis: What that prediction rests on, in words, for the mark's label.
 
     Raises:
         ExportError: If the file cannot be written.
@@ -332,15 +339,7 @@ def plot_prediction(
     axes.axvline(keep_ratio, color="#D55E00", linewidth=1.2, linestyle=(0, (5, 3)))
     axes.plot(*zip(*shown, strict=True), color="#0072B2", linewidth=2, marker="o", markersize=4)
     if nats is not None and nats > 0:
-        axes.plot([keep_ratio], [nats], color="#D55E00", marker="D", markersize=7, linestyle="none")
-        label = (
-            f"the recipe: keep ratio {keep_ratio:g},\n{nats:.3g} nats, perplexity × {math.exp(min(nats, 700.0)):.3f}"
-        )
-        right = keep_ratio > 0.62
-        place: dict[str, Any] = {"xytext": (-12 if right else 12, 10), "textcoords": "offset points"}
-        side = "right" if right else "left"
-        box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
-        axes.annotate(label, (keep_ratio, nats), ha=side, fontsize=9, color="#B34700", bbox=box, **place)
+        _mark_plan(axes, keep_ratio, nats, basis)
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=[1.0, 2.0, 5.0]))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -354,7 +353,8 @@ def plot_prediction(
     factors.set_ylabel("perplexity, times the dense model's")
     axes.set_xlabel("keep ratio of the target matrices")
     axes.set_ylabel("predicted rise of the loss, nats per token")
-    axes.set_title("Predicted, not measured: statistics of the dense model, knapsack ranks", fontsize=10, loc="left")
+    title = "Predicted, not measured. Line: statistics of the dense model, knapsack ranks"
+    axes.set_title(title, fontsize=10, loc="left")
     axes.grid(color="#DDDDDD", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines["top"].set_visible(False)
@@ -362,6 +362,17 @@ def plot_prediction(
         part.tick_params(labelsize=9, which="both")
     with replacing(Path(path)) as partial:
         figure.savefig(partial, format="png")
+
+
+def _mark_plan(axes: Axes, keep_ratio: float, nats: float, basis: str) -> None:
+    axes.plot([keep_ratio], [nats], color="#D55E00", marker="D", markersize=7, linestyle="none")
+    figures = f"keep ratio {keep_ratio:g}, {nats:.3g} nats, perplexity × {math.exp(min(nats, 700.0)):.3f}"
+    right = keep_ratio > 0.62
+    place: dict[str, Any] = {"xytext": (-12 if right else 12, 10), "textcoords": "offset points"}
+    side = "right" if right else "left"
+    box: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    label = f"this plan, {basis}:\n{figures}"
+    axes.annotate(label, (keep_ratio, nats), ha=side, fontsize=9, color="#B34700", bbox=box, **place)
 
 
 def _grid(plan: RankPlan) -> tuple[dict[tuple[int, int], MatrixPlan], list[str], list[str]]:

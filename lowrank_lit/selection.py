@@ -1,24 +1,25 @@
-"""Choosing among compressed models by what they do to calibration sequences that their factors were not fitted to.
+"""Choosing among compressed models by what they do to a part of the calibration sequences.
 
 No closed form tells how the errors of many matrices add up over the depth of a network, and which correction helps
 depends on the model. Candidates are few and cheap to make, so they are measured: by the KL divergence of the dense
 model's next-token predictions from the compressed model's, which needs no labels and has far less noise than a loss.
+The statistics have seen these sequences too; the trial fits of a refit have not (:mod:`lowrank_lit.refit`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_lit.calibration import count_tokens
+from lowrank_lit.calibration import count_sequences, count_tokens
 from lowrank_lit.errors import DataError
-from lowrank_lit.refit import evaluating, held_out, substituted
-from lowrank_lit.streaming import Batch, moved, run_model, to_device
+from lowrank_lit.refit import held_out, substituted
+from lowrank_lit.streaming import Batch, evaluating, logits_of, moved, real_positions, to_device
 
 TOKENS = 2**15
 """Tokens to measure on, at least where there are as many: a batch that passes this is the last one."""
@@ -28,7 +29,7 @@ LEAST = -1e4
 
 
 class Judge:
-    """Divergence from the dense model on the calibration batches that refits hold out.
+    """Divergence from the dense model on the calibration batches that the trial fits of a refit hold out.
 
     The dense model's log-probabilities are kept in half precision, ``tokens x vocabulary``: 2 GiB for 32,000 classes.
 
@@ -54,22 +55,23 @@ class Judge:
     ) -> None:
         self._model, self._layers, self._device = model, layers, device
         self._batches = _enough([batches[number] for number in held_out(len(batches))] or batches)
-        sequences = [len(next(iter(batch.values()))) for batch in batches]
-        self._share = sum(len(next(iter(batch.values()))) for batch in self._batches) / sum(sequences)
+        self._share = count_sequences(self._batches) / count_sequences(batches)
         self.passes = self._share
-        with moved(model, device) as place, evaluating(model), torch.no_grad():
+        with measuring(model, device) as place:
             self._dense = [log_probabilities(model, batch, place).to("cpu", torch.float16) for batch in self._batches]
 
     def divergence(self, weights: Mapping[str, Tensor]) -> float:
         """:func:`divergence` with ``weights`` ``(rows, columns)`` in the layers, in nats per token."""
         self.passes += self._share
-        with (
-            moved(self._model, self._device) as place,
-            evaluating(self._model),
-            torch.no_grad(),
-            substituted(self._layers, weights),
-        ):
+        with measuring(self._model, self._device) as place, substituted(self._layers, weights):
             return divergence(self._model, self._batches, self._dense, place)
+
+
+@contextmanager
+def measuring(model: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
+    """The model on the device, in evaluation mode and without gradients; gives the device that it is on."""
+    with moved(model, device) as place, evaluating(model), torch.no_grad():
+        yield place
 
 
 def _enough(batches: Sequence[Batch]) -> list[Batch]:
@@ -102,12 +104,11 @@ def divergence(
         # Half precision rounds the teacher's probabilities; what they then sum to is divided out.
         wide = wide - wide.logsumexp(-1, keepdim=True)
         values = F.kl_div(own, wide, reduction="none", log_target=True).sum(-1)
-        mask = batch.get("attention_mask")
-        keep = torch.ones_like(values, dtype=torch.bool)
+        mask = real_positions(batch)
         if mask is not None and mask.shape == values.shape:
-            keep = mask.bool().to(values.device)
-        total += float(values[keep].double().sum())
-        tokens += int(keep.sum())
+            values = values[mask.to(values.device)]
+        total += float(values.double().sum())
+        tokens += values.numel()
     return total / max(1, tokens) if total == total else math.inf
 
 
@@ -117,9 +118,8 @@ def log_probabilities(model: nn.Module, batch: Batch, place: torch.device | None
     Raises:
         DataError: If the model gives no logits of that shape.
     """
-    output: Any = run_model(model, to_device(dict(batch), place))
-    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
-    if not isinstance(logits, Tensor) or logits.ndim != 3:
+    logits = logits_of(model, to_device(dict(batch), place))
+    if logits is None or logits.ndim != 3:
         raise DataError(
             f"measuring candidates needs logits (batch, length, classes), which {type(model).__name__} does not give; "
             "choose preset='unirank', or select=False and an allocator that measures nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from lowrank_lit.allocation import check_keep_ratio
@@ -26,6 +27,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 DEFAULT_PRESET = "best"
 
+_NUMBERS = {"keep_ratio": 0.6, "damping": DAMPING, "shrinkage": GRADIENT_SHRINKAGE, "alpha": SCALE_EXPONENT}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -41,7 +44,7 @@ class Settings:
             on the inputs that it really gets).
         rounds: Rounds of statistics and allocation, at least 1; one where ``feedback`` is ``none``.
         select: ``knapsack``: measure candidate plans, which weight the predicted losses by powers of the modules'
-            importance, on held-out calibration sequences, and keep the best; otherwise one power is fixed.
+            importance, on a fifth of the calibration sequences, and keep the best; otherwise one power is fixed.
         storage: Form of a matrix that is not dense: ``factored`` (two factors) or ``pivot``.
         targets: Shell patterns of layer names; ``None`` is every linear layer but the output embedding and tied ones.
         min_rank: Least rank of a matrix.
@@ -81,9 +84,10 @@ class Settings:
     nested: bool = False
 
     def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
         if isinstance(self.targets, str):
             object.__setattr__(self, "targets", [self.targets])
+        self._check_types()
+        check_keep_ratio(self.keep_ratio)
         _choose("preset", self.preset, tuple(PRESETS))
         for field, value in PRESETS[self.preset].items():
             if getattr(self, field) is None:
@@ -95,14 +99,28 @@ class Settings:
         _choose("storage", self.storage, STORAGES)
         _choose("labels", self.labels, LABELS)
         _choose("importance_of", self.importance_of, IMPORTANCES)
-        for field in ("min_rank", "quantum", "rounds"):
-            if not isinstance(getattr(self, field), int) or getattr(self, field) < 1:
-                raise BudgetError(
-                    f"{field}={getattr(self, field)} is no whole number of 1 or more; give one, such as 8"
-                )
+        for field, such in (("min_rank", 8), ("quantum", 8), ("rounds", 3)):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise BudgetError(f"{field}={value} is no whole number of 1 or more; give one, such as {such}")
         if self.allocator == "zero_sum":  # the mean gradient for labels of the model's own is zero
             object.__setattr__(self, "labels", "text")
         self._check_pairs()
+
+    def _check_types(self) -> None:
+        """Refuse what Python would take for something else: the text "false" is true, and "0.5" is no number."""
+        for field in ("keep_ratio", "damping", "shrinkage", "alpha"):
+            value = getattr(self, field)
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise BudgetError(f"{field}={value!r} is no number; give one, such as {_NUMBERS[field]}")
+        for field in ("cost_aware", "nested", "select"):
+            value = getattr(self, field)
+            if not isinstance(value, bool) and not (field == "select" and value is None):
+                raise LowRankError(f"{field}={value!r} is neither true nor false; give one of them")
+        patterns = self.targets
+        listed = isinstance(patterns, Sequence) and all(isinstance(pattern, str) for pattern in patterns)
+        if patterns is not None and not listed:
+            raise LowRankError(f"targets={patterns!r} is no list of layer names; give one, such as ['*.mlp.*']")
 
     def _filled(self, field: str, value: Any) -> Any:
         # A preset's further rounds belong to its feedback, and its measured choice to its allocator.

@@ -1,4 +1,4 @@
-"""Running a model one repeating block at a time.
+"""Running a model on batches, whole or one repeating block at a time.
 
 The arguments of the blocks (masks, rotary embeddings, what else a model passes) are captured once, for each block
 separately, because models pass different masks to different blocks. A short probe checks that the blocks really are a
@@ -7,9 +7,11 @@ chain, each fed exactly what the one before returned.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +22,13 @@ Batch = Mapping[str, Tensor]
 # Key of the tensor that the model takes as its first positional argument, for a batch that does not name its arguments.
 POSITIONAL = ""
 Block = tuple[str, nn.Module]
+
+
+def real_positions(batch: Batch) -> Tensor | None:
+    """The batch's ``attention_mask`` as bool ``(batch, length)``, true at real tokens; ``None`` where it has no mask of
+    that form."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or mask.ndim != 2 else mask.bool()
 
 
 class BlockCalls:
@@ -85,6 +94,14 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     return model(batch[POSITIONAL], **named) if POSITIONAL in batch else model(**named)
 
 
+def logits_of(model: nn.Module, batch: Batch) -> Tensor | None:
+    """Logits of a forward: its output, the first of a tuple, or its ``logits``; ``None`` where that is no tensor. Their
+    shape is the caller's to check."""
+    output = run_model(model, batch)
+    logits = getattr(output, "logits", output[0] if isinstance(output, tuple) else output)
+    return logits if isinstance(logits, Tensor) else None
+
+
 def to_device(tree: Any, device: torch.device | None) -> Any:
     """``tree`` with every tensor in it on ``device``; ``None`` leaves them."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) and device is not None else leaf, tree)
@@ -98,11 +115,36 @@ def moved(module: nn.Module, device: torch.device | str | None) -> Iterator[torc
     if target is None or target == home:
         yield target
         return
-    module.to(target)
     try:
+        module.to(target)
         yield target
     finally:
         module.to(home)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the time of the context; then every module gets its own mode back, because a model may be
+    frozen in parts."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def each_in_one_block(layers: Mapping[str, nn.Module], blocks: Sequence[Block]) -> bool:
+    """Whether every layer belongs to exactly one block; one shared by blocks has to see the inputs of all of them."""
+    counts = Counter(id(module) for _, block in blocks for module in block.modules())
+    return all(counts[id(layer)] == 1 for layer in layers.values())
+
+
+def layers_inside(layers: Mapping[str, nn.Module], block: nn.Module) -> dict[str, nn.Module]:
+    """Those of ``layers`` that belong to the block, in the same order."""
+    members = {id(module) for module in block.modules()}
+    return {name: layer for name, layer in layers.items() if id(layer) in members}
 
 
 class _LastBlockReached(Exception):
@@ -177,5 +219,5 @@ def _states(output: Any) -> Any:
 
 
 def _device_of(model: nn.Module) -> torch.device | None:
-    first = next(model.parameters(), None)
+    first = next(chain(model.parameters(), model.buffers()), None)
     return None if first is None else first.device

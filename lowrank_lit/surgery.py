@@ -21,6 +21,7 @@ from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
 
 _HEADS = frozenset({"score", "classifier"})
+_PACKED = frozenset({"Linear4bit", "Linear8bitLt"})  # of bitsandbytes
 # What a module keeps of its hooks, by the names that ``nn.Module`` gives them.
 _HOOKS = (
     "_forward_hooks",
@@ -88,9 +89,14 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     else:
         chosen = _select(linear, patterns, holders)
     if not chosen:
+        packed = {type(module).__name__ for module in model.modules()} & _PACKED
+        remedy = (
+            f"its {packed.pop()} layers hold packed weights: compress the model before it is quantised"
+            if packed
+            else "a model that is factored already is compressed again from its dense original"
+        )
         raise ModelError(
-            f"{type(model).__name__} has no linear layer to factor among {len(linear)} linear layers; "
-            "a model that is factored already is compressed again from its dense original"
+            f"{type(model).__name__} has no linear layer to factor among {len(linear)} linear layers; {remedy}"
         )
     return {target.name: target for target in chosen}
 
@@ -213,13 +219,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(tensor.numel() for tensor in _unique(model.parameters()))
 
 
-def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the model's parameters and persistent buffers as they are in memory, each storage counted once."""
+def stored_bytes(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the model's parameters and persistent buffers, each storage counted once.
+
+    Args:
+        model: Any module.
+        dtype: Type that floating-point numbers are stored in, as an export casts them; None takes theirs in memory.
+            Indices, such as those of the pivot form, keep their own.
+    """
     # A state dict lists what is persistent; its detached tensors share their storages with the model's.
     persistent = set(model.state_dict())
     tensors: list[Tensor] = list(model.parameters())
     tensors += [buffer for name, buffer in model.named_buffers(remove_duplicate=False) if name in persistent]
-    return sum(tensor.numel() * tensor.element_size() for tensor in _unique(tensors))
+    return sum(
+        tensor.numel() * (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+        for tensor in _unique(tensors)
+    )
 
 
 def target_parameters(model: nn.Module, plan: RankPlan) -> int:

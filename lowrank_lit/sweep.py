@@ -1,7 +1,7 @@
 """A grid of compressions of one model, measured from one calibration pass per draw of the calibration text.
 
 Metrics, allocators and budgets differ in what they make of the statistics, not in what has to be collected: one pass
-with everything that any cell needs serves all of them, and :class:`~lowrank_lit.compress.Study` keeps the spectra. A
+with everything that any cell needs serves all of them, and :class:`~lowrank_lit.study.Study` keeps the spectra. A
 cell is measured with its truncated weights in the dense model's own layers: the products of the factors, rounded to the
 model's type once, where two stored factors round twice. No layer is built or replaced.
 
@@ -24,15 +24,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from lowrank_lit.compress import Draft, Study, fingerprint
+from lowrank_lit.compress import fingerprint
 from lowrank_lit.errors import GradientError, LowRankError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.refit import substituted
 from lowrank_lit.report import data_hash
 from lowrank_lit.settings import PRESETS, Settings
 from lowrank_lit.statistics import BACKWARD_MOMENTS
-from lowrank_lit.surgery import count_parameters
+from lowrank_lit.study import Study
+from lowrank_lit.surgery import count_parameters, stored_bytes
 
 COMMON = (
     *("targets", "min_rank", "quantum", "damping", "shrinkage", "alpha", "labels", "importance_of", "cost_aware"),
@@ -94,6 +96,10 @@ class Grid:
         """What the cells have in common, whatever their axes."""
         return Settings(1.0, preset="unirank", **self.common)
 
+    def holds(self, row: Row) -> bool:
+        """Whether a row that was measured with the grid's common settings is one of its cells."""
+        return any(row.settings == _axes(cell) for cell in self.cells())
+
 
 @dataclass(frozen=True)
 class Row:
@@ -103,17 +109,19 @@ class Row:
         settings: By name: ``metric``, ``allocator``, ``feedback``, ``rounds``, ``select``, ``storage``, ``keep_ratio``.
         preset: Name of the preset that stands for these settings, if there is one.
         used_metric: The metric, or the one that was used in its place where there were no gradients.
-        seeds: Draws of the calibration text that the cell was measured on.
+        seeds: Draws of the calibration text that the cell was measured on; means and the spread are over these.
         dense_perplexity: Of the dense model.
         achieved: Stored / original numbers of the target matrices, mean over the draws, as the next two.
         whole_model: The same of the whole model.
-        bytes: Of the whole model's weights in their storage type.
+        bytes: Of the whole model in its storage type, as :func:`~lowrank_lit.surgery.stored_bytes` counts them.
         perplexity: Mean over the draws.
         spread: Sample standard deviation of the perplexity over the draws; ``None`` with one.
         excess: Mean of ``ln(perplexity) - ln(dense perplexity)``, nats per token.
-        predicted: Predicted rise of the loss, nats per token, if the metric gives one; an estimate.
+        predicted: Predicted rise of the loss, nats per token, if the metric gives one; an estimate from the statistics
+            of the round that chose the ranks.
         seconds: To compress, statistics that cells share and the perplexity left out.
         error: Why draws are missing; empty where none is.
+        notes: Of the plans of all draws, each once, such as a fallback that was taken.
     """
 
     settings: Mapping[str, Any]
@@ -130,6 +138,7 @@ class Row:
     predicted: float | None = None
     seconds: float | None = None
     error: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> tuple[Any, ...]:
@@ -161,7 +170,8 @@ class CellStore:
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                self.entries[entry["key"]] = entry
+                if "error" in entry or "saved" in entry:  # or of an earlier form: measured again
+                    self.entries[entry["key"]] = entry
             except (ValueError, TypeError, KeyError):
                 continue
 
@@ -192,11 +202,13 @@ class Sweep:
         store: What has been measured so far.
         batch_size: Blocks per forward pass of a perplexity.
         device: Where to compute; ``None`` is where the model is.
-        weight_bytes: Bytes per stored weight; ``None`` is as in memory.
+        dtype: Type that weights are stored in, which bytes are counted by; ``None`` is as in memory.
 
     Attributes:
         calibration_seconds: Of the passes of this run, by seed.
         dense: Perplexity of the dense model; known once something has run.
+        dense_bytes: Of the dense model in its storage type.
+        weight_bytes: Of one stored weight.
     """
 
     def __init__(
@@ -208,12 +220,13 @@ class Sweep:
         *,
         batch_size: int = 8,
         device: torch.device | str | None = None,
-        weight_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.blocks, self.draws, self.store = model, blocks, draws, store
         self.batch_size, self.device = batch_size, device
         self.parameters = count_parameters(model)
-        self.weight_bytes = weight_bytes or next(model.parameters()).element_size()
+        self.dense_bytes = stored_bytes(model, dtype)
+        self.weight_bytes = (dtype or next(model.parameters()).dtype).itemsize
         self.calibration_seconds: dict[int, float] = {}
         self.dense: float | None = None
         self._identities: dict[tuple[int, str], str] = {}
@@ -231,7 +244,7 @@ class Sweep:
 
         Raises:
             LowRankError: If the weights, the texts or the calibration are unusable. What makes one cell fail, such as
-                a budget below the rank floor, is recorded with it.
+                a budget below the rank floor or a decomposition that does not converge, is recorded with it.
         """
         cells = grid.cells()
         for seed in self.draws:
@@ -244,7 +257,7 @@ class Sweep:
                 _tell(after, self.store.entries[key])
             if missing:
                 self._measure(seed, identity, missing, after)
-        return rows_of(self.store.of([self._identity(seed, grid) for seed in self.draws]))
+        return rows_of(self.store.of([self._identity(seed, grid) for seed in self.draws]), self._bytes)
 
     def _identity(self, seed: int, grid: Grid) -> str:
         """Of the model, both texts, the draw and the common settings."""
@@ -269,12 +282,11 @@ class Sweep:
         collect(study, list(cells.values()))
         self.calibration_seconds[seed] = time.perf_counter() - started
         for key, cell in cells.items():
-            axes = {name: getattr(cell, name) for name in _AXES}
-            entry = {"key": key, "identity": identity, "seed": seed, "preset": preset_of(cell), "settings": axes}
+            entry = {"key": key, "identity": identity, "seed": seed, "preset": preset_of(cell), "settings": _axes(cell)}
             entry["dense_perplexity"] = _plain(self.dense)
             try:
                 entry |= self._cell(study, cell)
-            except (LowRankError, torch.OutOfMemoryError, MemoryError) as error:
+            except (LowRankError, LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
                 entry["error"] = " ".join(str(error).split()) or type(error).__name__
             self.store.add(entry)
             _tell(after, entry)
@@ -287,11 +299,13 @@ class Sweep:
         with substituted(study.layers, weights):
             value = perplexity(self.model, self.blocks, batch_size=self.batch_size, device=self.device)
         plan = draft.plan
+        saved = plan.dense_parameters - plan.parameters
         return {
             "used_metric": plan.metric,
             "achieved": plan.keep_ratio,
-            "whole_model": self._stored(draft) / self.parameters,
-            "bytes": self._bytes(draft),
+            "whole_model": (self.parameters - saved) / self.parameters,
+            "saved": saved,
+            "positions": sum(matrix.rows for matrix in plan.matrices if matrix.form == "pivot"),
             "perplexity": _plain(value),
             "predicted": plan.predicted_nats,
             "seconds": compressed - started,
@@ -300,12 +314,12 @@ class Sweep:
             "notes": list(plan.notes),
         }
 
-    def _stored(self, draft: Draft) -> int:
-        return self.parameters - draft.plan.dense_parameters + draft.plan.parameters
+    def _bytes(self, entry: Mapping[str, Any]) -> int:
+        """Of the compressed model: reckoned for each table, for the storage type is not part of a cell's key.
 
-    def _bytes(self, draft: Draft) -> int:
-        indices = sum(4 * matrix.rows for matrix in draft.plan.matrices if matrix.form == "pivot")
-        return self._stored(draft) * self.weight_bytes + indices
+        The pivot form keeps the positions of its rows as 32-bit numbers, whatever the weights are stored in.
+        """
+        return int(self.dense_bytes - entry["saved"] * self.weight_bytes + 4 * entry["positions"])
 
 
 def collect(study: Study, cells: Sequence[Settings]) -> None:
@@ -323,9 +337,9 @@ def collect(study: Study, cells: Sequence[Settings]) -> None:
     for labels, own in passes or [("model", without)]:
         moments = frozenset().union(*(cell.moments for cell in own))
         try:
-            study.collect(moments, importance=_importance(own), labels=labels)
+            study.collection.calibration(moments, importance=_importance(own), labels=labels)
         except GradientError:  # each cell falls back on the activations, and says so, or fails by itself
-            study.collect(moments - BACKWARD_MOMENTS, importance=_importance(own), labels="none")
+            study.collection.calibration(moments - BACKWARD_MOMENTS, importance=_importance(own), labels="none")
 
 
 def preset_of(settings: Settings) -> str:
@@ -334,18 +348,23 @@ def preset_of(settings: Settings) -> str:
     return next(same, "")
 
 
-def rows_of(entries: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """One row for every cell of the store, over all its draws; families in the order of their first entry, and the
-    largest budget first."""
+def rows_of(entries: Sequence[Mapping[str, Any]], bytes_of: Callable[[Mapping[str, Any]], int]) -> list[Row]:
+    """One row for every cell, over all its draws; families in the order of their first entry, and the largest budget
+    first.
+
+    Args:
+        entries: Of a store.
+        bytes_of: Bytes of the compressed model of an entry that was measured.
+    """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for entry in entries:
         groups.setdefault(json.dumps(entry["settings"], sort_keys=True), []).append(entry)
-    rows = [_row(sorted(group, key=lambda entry: entry["seed"])) for group in groups.values()]
+    rows = [_row(sorted(group, key=lambda entry: entry["seed"]), bytes_of) for group in groups.values()]
     families = list(dict.fromkeys(row.family for row in rows))
     return sorted(rows, key=lambda row: (families.index(row.family), -row.settings["keep_ratio"]))
 
 
-def _row(entries: Sequence[Mapping[str, Any]]) -> Row:
+def _row(entries: Sequence[Mapping[str, Any]], bytes_of: Callable[[Mapping[str, Any]], int]) -> Row:
     good = [entry for entry in entries if "perplexity" in entry]
     errors = dict.fromkeys(entry["error"] for entry in entries if "error" in entry)
     first = (good or entries)[0]
@@ -357,6 +376,7 @@ def _row(entries: Sequence[Mapping[str, Any]]) -> Row:
         tuple(entry["seed"] for entry in good),
         dense,
         error="; ".join(errors),
+        notes=tuple(dict.fromkeys(note for entry in good for note in entry["notes"])),
     )
     if not good:
         return row
@@ -366,7 +386,7 @@ def _row(entries: Sequence[Mapping[str, Any]]) -> Row:
         row,
         achieved=_mean(good, "achieved"),
         whole_model=_mean(good, "whole_model"),
-        bytes=round(_mean(good, "bytes")),
+        bytes=round(statistics.fmean(map(bytes_of, good))),
         perplexity=statistics.fmean(values),
         spread=statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None,
         excess=statistics.fmean(math.log(value) - math.log(dense) for value in values),
@@ -386,6 +406,10 @@ def _importance(cells: Sequence[Settings]) -> bool:
 
 def _rounds(feedback: str) -> dict[str, int]:
     return {} if feedback == "none" else {"rounds": PRESETS["best"]["rounds"]}
+
+
+def _axes(settings: Settings) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in _AXES}
 
 
 def _text(settings: Settings) -> str:

@@ -33,14 +33,17 @@ def fit_names(plan: RankPlan, model: PreTrainedModel) -> tuple[RankPlan, tuple[s
     prefix = f"{model.base_model_prefix}."
     matrices: list[MatrixPlan] = []
     dropped: list[str] = []
-    for matrix in plan.matrices:
+    position: dict[int, int] = {}  # of the matrices that stay, for the order of a nested plan
+    for number, matrix in enumerate(plan.matrices):
         candidates = (matrix.name, matrix.name.removeprefix(prefix), prefix + matrix.name)
         name = next((candidate for candidate in candidates if candidate in present), None)
         if name is None and not _is_exported_class(model) and not matrix.name.startswith(prefix):
             dropped.append(matrix.name)
         else:  # a name that is nowhere stays as it is: the plan's own check reports it
+            position[number] = len(matrices)
             matrices.append(replace(matrix, name=name or matrix.name))
-    return replace(plan, matrices=tuple(matrices)), tuple(dropped)
+    order = tuple(position[number] for number in plan.order if number in position)
+    return replace(plan, matrices=tuple(matrices), order=order), tuple(dropped)
 
 
 def _is_exported_class(model: PreTrainedModel) -> bool:

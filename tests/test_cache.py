@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lowrank_lit.cache import load_compression, save_compression
-from lowrank_lit.compress import CompressionResult, Settings, compress, fingerprint
+from lowrank_lit.compress import CompressionResult, compress, fingerprint
 from lowrank_lit.layers import FactoredLinear, PivotLinear
+from lowrank_lit.settings import Settings
 from tests.test_surgery import factorise
 from tests.tiny import batches, tiny_model
 

@@ -137,6 +137,33 @@ def test_the_record_and_the_plan_file(
     assert json.loads(json.dumps(record)) == record
 
 
+def payload(folder: Path) -> int:
+    """Bytes of the tensors in a folder's weight file: all of it but the header and its length (8 bytes)."""
+    content = (folder / "model.safetensors").read_bytes()
+    return len(content) - 8 - int.from_bytes(content[:8], "little")
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivot"])
+def test_recorded_bytes_are_those_of_the_files(
+    trainer_settings: dict[str, Any], folder: Path, text: Callable[..., TextDataModule], storage: str, tmp_path: Path
+) -> None:
+    """bfloat16 on disk, float32 in memory, and the indices of the pivot form int32 in both."""
+    module, callback = LowRankModule(str(folder)), make_callback(storage=storage)
+    callbacks = [callback, ExportOnFitEnd(str(tmp_path / "out"))]
+    data = text(splits=("train",))
+    pl.Trainer(**{**trainer_settings, "max_steps": 0}, callbacks=callbacks).fit(module, data)
+    assert callback.result is not None
+    plan, record = callback.result.plan, callback.result.record
+    assert {matrix.form for matrix in plan.matrices} >= {storage}
+    assert record["bytes"] == {"dense": payload(folder), "compressed": payload(tmp_path / "out")}
+    indices = 4 * sum(matrix.rows for matrix in plan.matrices if matrix.form == "pivot")
+    assert record["bytes"]["compressed"] == 2 * record["parameters"]["model"] + indices
+    again = make_callback(storage=storage)  # taken from disk
+    pl.Trainer(**{**trainer_settings, "max_steps": 0}, callbacks=[again]).fit(LowRankModule(str(folder)), data)
+    assert again.result is not None
+    assert (again.result.record["from_cache"], again.result.record["bytes"]) == (True, record["bytes"])
+
+
 def test_without_a_test_text_nothing_is_measured(
     trainer_settings: dict[str, Any], folder: Path, text: Callable[..., TextDataModule]
 ) -> None:

@@ -173,6 +173,10 @@ def test_picture_table_and_log(run: Run) -> None:
     assert "Low-rank compression" in run.output
     assert f"{run.record['perplexity']['recovered']:.5g}" in run.output
     assert run.report.record["complete"]
+    assert run.record["notes"], "or there is nothing to show"
+    assert [line for line in run.output.splitlines() if line.startswith("note: ")] == [
+        f"note: {note}" for note in run.record["notes"]
+    ]
     rows = list(csv.DictReader((run.root / "log" / "metrics.csv").open()))
     logged = {key: row[key] for row in rows for key in row if key.startswith("lowrank/") and row[key]}
     record = run.record

@@ -17,9 +17,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lowrank_lit import _scripts, cli
-from lowrank_lit.compress import Study
+from lowrank_lit.collection import Collection
 from lowrank_lit.data import train_tokenizer
 from lowrank_lit.plan import RankPlan
 from tests.tiny import tiny_model
@@ -249,13 +250,13 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
 
 def test_plan_predicts_the_loss_from_one_pass(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = []
-    whole = Study._calibrate
+    whole = Collection._calibrate
 
-    def counted(self: Study, *arguments: Any) -> Any:
+    def counted(self: Collection, *arguments: Any) -> Any:
         passes.append(arguments[0])
         return whole(self, *arguments)
 
-    monkeypatch.setattr(Study, "_calibrate", counted)
+    monkeypatch.setattr(Collection, "_calibrate", counted)
     options = ["--LowRankCompression.preset=unirank", "--LowRankCompression.metric=two_sided"]
     code, out, err = run("plan", "tiny", *options)
     assert code == 0, err
@@ -400,6 +401,17 @@ def test_errors_of_the_machine_are_one_line(capsys: pytest.CaptureFixture[str]) 
     assert cli._guarded(fail(torch.OutOfMemoryError("CUDA out of memory")), []) == 2
     assert "lower data.batch_size" in capsys.readouterr().err
     assert cli._guarded(fail(KeyboardInterrupt()), []) == 130
+    capsys.readouterr()
+    assert cli._guarded(fail(SIGTERMException()), []) == 143  # of a batch system, for example: no success
+    assert capsys.readouterr().err == "terminated\n"
+    for stop, code, message in (
+        (SystemExit("no such thing"), 2, "error: no such thing\n"),
+        (SystemExit(["odd"]), 2, "error: ['odd']\n"),
+        (SystemExit(3), 3, ""),
+        (SystemExit(), 0, ""),
+    ):
+        assert cli._guarded(fail(stop), []) == code
+        assert capsys.readouterr().err == message
     with pytest.raises(ZeroDivisionError):  # a mistake in the program is not the user's: it keeps its traceback
         cli._guarded(fail(ZeroDivisionError()), [])
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import lowrank_lit
 from lowrank_lit import FactoredLinear, compress, perplexity, plan_ranks
 from lowrank_lit.allocation import ALLOCATORS, allocate
-from lowrank_lit.compress import POWERS, CompressionResult, Settings, Study, fingerprint
+from lowrank_lit.compress import CompressionResult, fingerprint
 from lowrank_lit.errors import BudgetError, GradientError, LowRankError, ModelError, NonFiniteError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.hub import export
@@ -27,9 +27,10 @@ from lowrank_lit.metrics import METRIC_MOMENTS
 from lowrank_lit.plan import truncated_plan
 from lowrank_lit.refit import BETAS, substituted
 from lowrank_lit.selection import Judge
-from lowrank_lit.settings import PRESETS
+from lowrank_lit.settings import PRESETS, Settings
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
 from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics
+from lowrank_lit.study import POWERS, Study
 from lowrank_lit.surgery import count_parameters, dense_weight, find_targets, replace_module
 from tests.tiny import batches, tiny_model
 
@@ -359,7 +360,7 @@ def test_selection_takes_the_candidate_of_least_divergence() -> None:
         settings = Settings(keep_ratio, preset="fast", min_rank=2)
         judge = Judge(study.model, study.batches, study.layers)
         specs = specs_of(study.targets, settings)
-        evidence = study._dense_evidence(settings)
+        evidence = study.collection.dense(settings)
         candidates = {}
         for power in POWERS:
             ranks = allocate(
@@ -400,7 +401,7 @@ def test_recollected_statistics_are_of_the_compressed_model_and_spectra_of_the_d
     )
     weights = study.weights(study.draft(Settings(0.5, metric=metric, allocator="uniform", **PLAIN)))
     before = state_of(model)
-    evidence = study._recollected(settings, weights, 1.0)
+    evidence = study.collection.recollected(settings, weights, 1.0)
     assert_unchanged(model, before)
 
     # By hand: a square, a tall and a wide matrix of the last block.
@@ -474,7 +475,8 @@ def test_a_refit_changes_factors_and_not_ranks() -> None:
     first = compress(plain, data, keep_ratio=0.5, feedback="none", **settings)
     second = compress(fitted, data, keep_ratio=0.5, feedback="anchored", rounds=1, **settings)
     assert [entry.rank for entry in first.plan.matrices] == [entry.rank for entry in second.plan.matrices]
-    assert second.record["passes"]["forward"] == pytest.approx(1 + 3 + (1 + len(BETAS)) * 0.2)
+    refit, guard = 3 + (1 + len(BETAS)) * 0.2, 3 * 0.2  # a fifth is held out; dense, before and after
+    assert second.record["passes"]["forward"] == pytest.approx(1 + refit + guard)
     (note,) = second.record["notes"]
     assert "2 of 2 blocks fitted" in note
     dense = tiny_model("llama")
@@ -484,6 +486,33 @@ def test_a_refit_changes_factors_and_not_ranks() -> None:
             wanted, found = dense(**data[-1]).logits, model(**data[-1]).logits
         errors.append(float((found - wanted).norm()))
     assert errors[1] < 0.95 * errors[0]  # measured 0.90
+
+
+@pytest.mark.parametrize("select", [True, False])
+def test_a_refit_that_gains_next_to_nothing_is_left_out(select: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_lit.study.GAIN", 0.0)  # as if the refit had lowered the divergence by less than that
+    data = batches(structured=True, n=20)
+    settings: dict[str, Any] = {"metric": "two_sided", "allocator": "knapsack", "min_rank": 2, "select": select}
+    plain, fitted = tiny_model("llama"), tiny_model("llama")
+    compress(plain, data, keep_ratio=0.5, feedback="none", **settings)
+    result = compress(fitted, data, keep_ratio=0.5, feedback="anchored", rounds=1, **settings)
+    assert "left out" in result.plan.notes[-1]
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fitted.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_a_round_that_cannot_be_measured_leaves_the_plan_before_it() -> None:
+    model: Any = tiny_model("llama")
+    layer = model.model.layers[1].mlp.down_proj
+    dense = layer.weight.detach().clone()
+
+    def fails(module: Any, args: Any, output: Tensor) -> Tensor:
+        return output if torch.equal(module.weight, dense) else output * float("nan")
+
+    layer.register_forward_hook(fails)
+    settings: dict[str, Any] = {"keep_ratio": 0.4, "preset": "best", "allocator": "uniform", "min_rank": 2}
+    result = compress(model, DATA, feedback="recollect", rounds=2, **settings)
+    assert any("round 2 was left out" in note for note in result.plan.notes)
 
 
 # Models of other kinds

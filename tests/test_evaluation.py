@@ -30,6 +30,17 @@ class Lookup(nn.Module):
         return self.table[input_ids]
 
 
+class First(nn.Module):
+    """The same logits, first in a tuple."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        return self.model(input_ids), None
+
+
 @pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_is_the_definition(family: str) -> None:
     model = tiny_model(family).double()
@@ -122,6 +133,11 @@ def test_modes_gradients_and_device_are_left_as_found() -> None:
     perplexity(lookup, torch.tensor([[0, 1]]))
     assert lookup.modes == [False]
     assert lookup.training
+
+
+def test_logits_may_come_in_a_tuple() -> None:
+    model, blocks = Lookup(torch.randn(9, 9)), torch.arange(1, 9).reshape(2, 4)
+    assert perplexity(First(model), blocks) == perplexity(model, blocks)
 
 
 def test_modes_come_back_after_an_error() -> None:

@@ -29,6 +29,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("allocation", "plan", "settings"),
     ("layers", "surgery"),
     ("evidence", "refit", "selection", "probes"),
+    ("collection", "study"),
     ("compress", "sweep", "cache", "recovery", "evaluation", "folders", "weights", "hub", "report", "estimate"),
     ("corpus", "data", "module", "strategies"),
     ("callbacks", "recipes"),

@@ -100,9 +100,10 @@ def test_a_pivot_form_has_plain_children_its_own_bias_and_the_order_of_its_rows(
     assert half(torch.ones(2, 6, dtype=torch.bfloat16)).shape == (2, 5)
 
 
-def test_a_pivot_layer_compiles_and_takes_autocast() -> None:
+@KINDS
+def test_it_compiles_and_takes_autocast(kind: type[FactoredLinear] | type[PivotLinear]) -> None:
     outer, inner, offset = factors(6, 5, 3, torch.float32)
-    layer = PivotLinear.from_factors(outer, inner, offset)
+    layer = kind.from_factors(outer, inner, offset)
     x = torch.randn(4, 5)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))

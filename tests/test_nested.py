@@ -88,16 +88,21 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankPlan]:
 @st.composite
 def nested_plans(draw: st.DrawFn) -> RankPlan:
     matrices, pool = [], []
+    quantum = draw(st.sampled_from([1, 1, 2, 3, 8]))
     for index in range(draw(st.integers(1, 5))):
         rows, columns = draw(st.integers(2, 30)), draw(st.integers(2, 30))
         if index and draw(st.booleans()):
             matrices.append(MatrixPlan(str(index), rows, columns, "dense", min(rows, columns)))
             continue
-        rank = draw(st.integers(1, min(rows, columns)))
-        matrices.append(MatrixPlan(str(index), rows, columns, "factored", rank))
-        pool += [index] * draw(st.integers(0, rank - 1))
-    order = tuple(draw(st.permutations(pool)))
-    return RankPlan(tuple(matrices), 1.0, "two_sided", "knapsack", "f", nested=True, order=order)
+        most = min(rows, columns) // quantum
+        if not most:
+            matrices.append(MatrixPlan(str(index), rows, columns, "dense", min(rows, columns)))
+            continue
+        steps = draw(st.integers(1, most))
+        matrices.append(MatrixPlan(str(index), rows, columns, "factored", quantum * steps))
+        pool += [index] * draw(st.integers(0, steps - 1))
+    order = tuple(index for index in draw(st.permutations(pool)) for _ in range(quantum))
+    return RankPlan(tuple(matrices), 1.0, "two_sided", "knapsack", "f", nested=True, order=order, quantum=quantum)
 
 
 @settings(deadline=None, max_examples=100)
@@ -118,9 +123,11 @@ def test_truncation_is_the_longest_beginning_within_the_budget(plan: RankPlan, d
     for index, (before, after) in enumerate(zip(plan.matrices, smaller.matrices, strict=True)):
         assert (before.name, before.form) == (after.name, after.form)
         assert before.rank - after.rank == count[index] - kept[index]
+        assert after.form == "dense" or after.rank % plan.quantum == 0
+    assert smaller.quantum == plan.quantum
     if len(smaller.order) < len(plan.order):
         following = plan.matrices[plan.order[len(smaller.order)]]
-        needed = smaller.parameters + following.rows + following.columns
+        needed = smaller.parameters + plan.quantum * (following.rows + following.columns)
         assert needed > keep_ratio * plan.dense_parameters
         assert smaller.requested_keep_ratio == keep_ratio
         assert smaller.fingerprint != plan.fingerprint
@@ -263,6 +270,9 @@ A, B = MatrixPlan("a", 6, 4, "factored", 3), MatrixPlan("b", 3, 5, "dense", 3)
         ({"order": (1,)}, r"order has 1 components of matrix 'b' \(dense, rank 3\)"),
         ({"order": (0, 0, 0)}, r"order has 3 components of matrix 'a' \(factored, rank 3\)"),
         ({"matrices": (replace(A, form="pivot"), B)}, "matrix 'a' is in pivot form in a nested plan"),
+        ({"quantum": 2}, r"rank=3 of matrix 'a' is no multiple of quantum=2"),
+        ({"quantum": 3}, r"order does not name each matrix quantum=3 times in a row"),
+        ({"quantum": 0}, r"quantum=0 must be a whole number of 1 or more"),
     ],
 )
 def test_orders_that_make_no_sense(changes: dict[str, Any], message: str) -> None:

@@ -112,7 +112,7 @@ def test_a_file_of_version_1_is_read() -> None:
     plan = RankPlan.from_dict(values)
     assert plan == plan_of(A, B, fingerprint="ab", notes=("first",))
     assert (plan.preset, plan.feedback, plan.storage, plan.predicted_nats) == ("", "none", "factored", None)
-    assert (plan.nested, plan.order) == (False, ())
+    assert (plan.nested, plan.order, plan.quantum) == (False, (), 1)
 
 
 def test_digest_depends_on_content() -> None:
@@ -215,6 +215,7 @@ def test_bad_matrix(changes: dict[str, Any], message: str) -> None:
         ({"storage": 1}, "storage=1"),
         ({"predicted_nats": math.nan}, "predicted_nats=nan"),
         ({"nested": "yes"}, "nested='yes'"),
+        ({"quantum": "2"}, "quantum='2'"),
         ({"order": "%%"}, "order of the plan is garbled"),
         ({"order": [0]}, "order of the plan is garbled"),
         ({"order": "eJw="}, "order of the plan is garbled"),

@@ -20,6 +20,7 @@ from lowrank_lit.refit import BETAS, AnchoredRefit, anchored_refit, held_out, su
 from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.spectrum import compute_spectrum
 from lowrank_lit.statistics import LayerStatistics
+from lowrank_lit.streaming import capture_calls
 from lowrank_lit.surgery import dense_weight, find_targets
 from tests.tiny import batches, tiny_model
 
@@ -463,3 +464,24 @@ def test_statistics_are_those_of_the_layer_apart_from_the_inputs() -> None:
     moment = torch.eye(4, dtype=torch.float64)
     found = refit._anchored_statistics(given, moment, torch.zeros(4, 4, dtype=torch.float64))
     assert replace(found, input_moment=None, input_energy=0.0) == given
+
+
+@pytest.mark.parametrize(
+    ("family", "last", "moves"),
+    [
+        ("llama", "mlp.down_proj", True),
+        ("llama", "self_attn.q_proj", False),
+        ("gpt2", "mlp.c_proj", True),
+        ("gpt_neox", "attention.dense", True),  # parallel residual: both branches end in the block's output
+        ("gemma2", "mlp.down_proj", False),  # a norm comes after it
+    ],
+)
+def test_which_layers_end_in_the_output_of_their_block(family: str, last: str, moves: bool) -> None:
+    """Their gradients are those of the block's output; a projection to queries of the same width has others."""
+    model = tiny_model(family)
+    blocks, data = find_repeating_blocks(model), as_batches(batches(n=3))
+    with torch.no_grad():
+        calls = capture_calls(model, blocks, data)
+        assert calls is not None
+        stage = refit._Stage(0, blocks[0][1], {}, None)
+        assert refit._moves(refit._Streams(calls, data), stage, blocks[0][1].get_submodule(last)) == moves

@@ -19,6 +19,7 @@ from lowrank_lit.report import (
     RECORD_VERSION,
     assemble,
     data_hash,
+    plot_prediction,
     plot_ranks,
     read_record,
     summary_table,
@@ -262,6 +263,18 @@ def test_the_pivot_form_is_named_and_framed(tmp_path: Path) -> None:
         plot_ranks(RankPlan((matrix,), 1.0, "input", "uniform"), tmp_path / f"{form}.png")
         pixels.append((tmp_path / f"{form}.png").read_bytes())
     assert pixels[0] != pixels[1]
+
+
+def test_a_prediction_off_the_line_is_marked_where_it_is(tmp_path: Path) -> None:
+    """The mark of a plan with other statistics than the line's has its own height and its own label."""
+    points, found = [(0.4, 0.8), (0.6, 0.3), (0.8, 0.1)], {}
+    for name, nats, basis in (("on", 0.3, "a"), ("off", 0.7, "a"), ("told", 0.7, "statistics of the last round")):
+        plot_prediction(points, tmp_path / f"{name}.png", keep_ratio=0.6, nats=nats, basis=basis)
+        found[name] = pixels(tmp_path / f"{name}.png")
+    assert not torch.equal(found["on"], found["off"])
+    assert has_colour(found["told"], 0xB3, 0x47, 0x00) > has_colour(found["off"], 0xB3, 0x47, 0x00), "a longer label"
+    plot_prediction(points, tmp_path / "none.png", keep_ratio=0.6, nats=None)
+    assert has_colour(pixels(tmp_path / "none.png"), 0xB3, 0x47, 0x00) == 0
 
 
 def test_all_dense_plan_and_no_pyplot(tmp_path: Path) -> None:

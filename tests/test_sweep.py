@@ -16,12 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit import compress, perplexity
-from lowrank_lit._sweep import draws_of, grid_of, overlap, plot_sweep, write_tables
-from lowrank_lit.compress import Study
+from lowrank_lit._prediction import predicted_plan, show_prediction
+from lowrank_lit._session import build
+from lowrank_lit._sweep import common_of, draws_of, grid_of, overlap, plot_sweep, write_tables
+from lowrank_lit.cli import main
 from lowrank_lit.data import TextDataModule
 from lowrank_lit.errors import LowRankError, NonFiniteError
+from lowrank_lit.plan import RankPlan
 from lowrank_lit.report import prediction
 from lowrank_lit.settings import PRESETS, Settings
+from lowrank_lit.study import Study
+from lowrank_lit.surgery import stored_bytes
 from lowrank_lit.sweep import CellStore, Grid, Row, Sweep, collect, preset_of
 from tests.tiny import batches, tiny_model
 
@@ -142,13 +147,15 @@ def test_one_pass_serves_all_cells() -> None:
     cells = grid_of(metric=["identity,input,two_sided,fisher_input"], keep_ratio=["0.6"]).cells()
     study = Study(tiny_model("llama"), draws()[0])
     collect(study, cells)
-    assert len(study._calibrations) == 1
+    assert len(study.collection._calibrations) == 1
     for cell in cells:
         assert study.draft(cell).passes["forward"] == 0, cell
-    assert len(study._calibrations) == 1
+    assert len(study.collection._calibrations) == 1
     other = Study(tiny_model("llama"), draws()[0])
     collect(other, [*cells, Settings(0.6, preset="unirank", allocator="zero_sum")])
-    assert [labels for _, _, labels, _ in other._calibrations] == ["model", "text"], "zero_sum has labels of its own"
+    assert [labels for _, _, labels, _ in other.collection._calibrations] == ["model", "text"], (
+        "zero_sum has labels of its own"
+    )
 
 
 def test_draws_give_a_spread(tmp_path: Path) -> None:
@@ -230,12 +237,122 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None
     assert len(lines(tmp_path)) == 3, "a failed cell is tried again"
 
 
+def test_failed_cells_of_earlier_grids_are_told_apart(tmp_path: Path) -> None:
+    sweep_in(tmp_path).run(Grid([0.6, 0.01], ["input"], ["uniform"], common=COMMON))
+    grid = Grid([0.6], ["input"], ["uniform"], common=COMMON)
+    rows = sweep_in(tmp_path).run(grid)
+    assert [(row.settings["keep_ratio"], bool(row.error), grid.holds(row)) for row in rows] == [
+        (0.6, False, True),
+        (0.01, True, False),
+    ]
+
+
+def test_what_does_not_converge_is_a_failed_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The eigenvalue solver fails the first time, with an error of torch's own."""
+    solve, failed = torch.linalg.eigh, []
+
+    def eigh(matrix: Tensor) -> Any:
+        if not failed:
+            failed.append(True)
+            torch.linalg.cholesky(-torch.eye(2))
+        return solve(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    bad, good = sweep_in(tmp_path).run(Grid([0.6], ["input", "identity"], ["uniform"], common=COMMON))
+    assert "not positive-definite" in bad.error
+    assert "\n" not in bad.error
+    assert good.perplexity is not None
+
+
+@pytest.mark.parametrize("storage", ["factored", "pivot"])
+def test_bytes_follow_the_storage_type(tmp_path: Path, storage: str) -> None:
+    grid, store = Grid([0.6], ["input"], ["uniform"], storages=[storage], common=COMMON), tmp_path / "cells.jsonl"
+    (row,) = sweep_in(tmp_path).run(grid)
+    half = Sweep(tiny_model("llama"), blocks(), draws(), CellStore(store), dtype=torch.bfloat16)
+    (other,) = half.run(grid)
+    assert len(lines(tmp_path)) == 1, "nothing is measured again"
+    model = tiny_model("llama")
+    compress(model, draws()[0], keep_ratio=0.6, preset="unirank", allocator="uniform", storage=storage, **COMMON)
+    assert (row.bytes, other.bytes) == (stored_bytes(model), stored_bytes(model, torch.bfloat16))
+
+
+def test_rows_say_how_many_draws_they_have(tmp_path: Path) -> None:
+    sweep_in(tmp_path).run(Grid([0.7], ["input"], ["uniform"], common=COMMON))
+    few, many = sweep_in(tmp_path, count=2).run(Grid([0.5], ["input"], ["uniform"], common=COMMON))
+    assert (few.seeds, few.spread) == ((0,), None)
+    assert many.seeds == (0, 1)
+    assert many.spread is not None
+
+
 def test_bad_weights_stop_the_sweep(tmp_path: Path) -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
     with pytest.raises(NonFiniteError):
         sweep_in(tmp_path, model).run(SMALL)
+
+
+# --- the recipe's settings ---
+
+
+@pytest.mark.parametrize(("labels", "kept"), [({}, "model"), ({"labels": "none"}, "none")])
+def test_the_recipes_allocator_does_not_choose_the_labels_of_all(
+    tmp_path: Path, labels: dict[str, str], kept: str
+) -> None:
+    compression = {"keep_ratio": 0.6, "preset": "unirank", "allocator": "zero_sum", "min_rank": 3, **labels}
+    entry = {"class_path": "lowrank_lit.callbacks.LowRankCompression", "init_args": compression}
+    trainer = {"accelerator": "cpu", "devices": 1, "logger": False, "callbacks": [entry]}
+    settings = {
+        "trainer": {**trainer, "enable_checkpointing": False, "default_root_dir": str(tmp_path)},
+        "model": {"model": "nowhere"},
+        "data": {"sources": {"train": "nowhere.txt"}, "tokenizer": "nowhere"},
+    }
+    cli = build(Path("recipe.yaml"), settings)
+    common = common_of(cli, Path("recipe.yaml"))
+    assert (common["labels"], common["min_rank"]) == (kept, 3)
+    (cell,) = Grid([0.6], ["input"], ["zero_sum"], common=common).cells()
+    assert cell.labels == "text", "a cell of its own keeps them"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
+    """A recipe for the default preset with one batch of calibration text, which is too little for a refit."""
+    tiny_model("llama", vocab_size=300).save_pretrained(tmp_path / "model")
+    entry = {"class_path": "lowrank_lit.callbacks.LowRankCompression", "init_args": {"keep_ratio": 0.6, "min_rank": 2}}
+    content = {
+        "trainer": {
+            "default_root_dir": str(tmp_path / "out"),
+            **{"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False},
+            "callbacks": [entry],
+        },
+        "model": {"model": str(tmp_path / "model")},
+        "data": {
+            "sources": {"calibration": "embedded:validation", "test": "embedded:test"},
+            "tokenizer": str(tokenizer_folder),
+            **{"block_size": 32, "batch_size": 4, "calibration_blocks": 4, "evaluation_blocks": 4},
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
+    return tmp_path / "recipe.yaml"
+
+
+def test_commands_tell_fallbacks_and_fail_for_their_own_cells(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    axes = ["--metric=input", "--allocator=uniform", "--feedback=anchored", "--seeds=1"]
+    assert main(["sweep", str(recipe), *axes, "--keep-ratio=0.6,0.001"]) == 1
+    assert "failed: input + uniform, anchored, keep ratio 0.001" in capsys.readouterr().out
+    assert main(["sweep", str(recipe), *axes, "--keep-ratio=0.6"]) == 0
+    assert "failed:" not in capsys.readouterr().out
+    text = (tmp_path / "out/sweep/sweep.md").read_text()
+    assert "feedback='anchored' was left out" in text
+    assert "Common settings: targets all; min_rank 2; quantum 1; damping" in text
+    assert "labels model" in text
+    assert main(["plan", str(recipe)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    notes = RankPlan.load(tmp_path / "out/plan.json").notes
+    assert any("was left out" in note for note in notes)
+    assert [line.removeprefix("note: ") for line in out if line.startswith("note: ")] == list(notes)
 
 
 # --- draws, table, picture ---
@@ -266,7 +383,8 @@ def row(label: str, keep: float, value: float | None, **changes: Any) -> Row:
     settings = {"metric": metric, "allocator": allocator, "feedback": "none", "rounds": 1, "select": False}
     figures: dict[str, Any] = {"achieved": keep - 0.001, "whole_model": keep, "bytes": int(1e6 * keep), "seconds": 1.5}
     known = {} if value is None else {**figures, "perplexity": value, "spread": 0.1 * value, "excess": 0.2}
-    return Row({**settings, "storage": "factored", "keep_ratio": keep}, "", metric, (0, 1), 10.0, **(known | changes))
+    known = {"seeds": (0, 1), **known, **changes}
+    return Row({**settings, "storage": "factored", "keep_ratio": keep}, "", metric, dense_perplexity=10.0, **known)
 
 
 def test_table_and_csv_hold_every_figure(tmp_path: Path) -> None:
@@ -280,11 +398,42 @@ def test_table_and_csv_hold_every_figure(tmp_path: Path) -> None:
     assert (second["perplexity"], second["error"]) == ("", "too small | really")
     text = paths[1].read_text()
     assert "| 12.333 ± 1.2 |" in text
+    assert "| 1.50 | 2 |  |" in text, "draws and no notes"
     assert "second sentence" in text
     assert "Failed: input + uniform, keep ratio 0.4: too small" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
     assert len(table) == 4
+
+
+def test_notes_and_draws_stand_in_the_tables(tmp_path: Path) -> None:
+    told = [f"anchored refit: {count} of 12 blocks fitted, mean beta {beta}" for count, beta in ((3, 0.5), (11, 0.25))]
+    rows = [
+        row("input+uniform", 0.6, 12.0, notes=("no gradients: loss of 'layers.1' is NaN", told[0])),
+        row("input+uniform", 0.4, 14.0, notes=(told[1],), seeds=(1,), spread=None),
+        row("corda+uniform", 0.4, 14.0, notes=("no gradients: loss of 'layers.2' is NaN",)),
+    ]
+    paths = write_tables(tmp_path, rows, "protocol")
+    found = list(csv.DictReader(paths[0].open()))
+    assert [(line["draws"], line["seeds"]) for line in found] == [("2", "0 1"), ("1", "1"), ("2", "0 1")]
+    assert found[0]["notes"] == f"no gradients: loss of 'layers.1' is NaN | {told[0]}", "in full"
+    text = paths[1].read_text()
+    ends = [[cell.strip() for cell in line.split("|")][-3:-1] for line in text.splitlines() if line.startswith("|")]
+    assert [ends[0], *ends[2:]] == [["draws", "notes"], ["2", "1 2"], ["1", "2"], ["2", "3"]]
+    assert "note 2: anchored refit: 3 to 11 of 12 blocks fitted, mean beta 0.25 to 0.5\n" in text
+    assert "note 3: no gradients: loss of 'layers.2' is NaN\n" in text, "a number in a name is no figure"
+
+
+def test_a_fallback_is_told_in_its_row(tmp_path: Path) -> None:
+    alone = {0: batches(n=1, structured=True)}
+    grid = Grid([0.6], ["input"], ["uniform"], ["none", "anchored"], common=COMMON)
+    plain, anchored = Sweep(tiny_model("llama"), blocks(), alone, CellStore(tmp_path / "cells.jsonl")).run(grid)
+    assert any("anchored' was left out" in note for note in anchored.notes)
+    assert not any("anchored" in note for note in plain.notes)
+    text = write_tables(tmp_path, [plain, anchored], "protocol")[1].read_text()
+    (number,) = [line.split()[1][0] for line in text.splitlines() if line.startswith("note") and "left out" in line]
+    marked = [line.split("|")[-2].split() for line in text.splitlines() if line.startswith("| input")]
+    assert [number in marks for marks in marked] == [False, True]
 
 
 def test_picture_leaves_out_what_is_infinite(tmp_path: Path) -> None:
@@ -296,6 +445,24 @@ def test_picture_leaves_out_what_is_infinite(tmp_path: Path) -> None:
     plot_sweep(rows[:3], tmp_path / "c.png", title="t")
     assert (tmp_path / "c.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     plot_sweep([], tmp_path / "empty.png", title="t")
+
+
+@pytest.mark.parametrize(("feedback", "basis"), [("none", "of the dense model"), ("recollect", "of the round that")])
+def test_a_plans_prediction_names_its_statistics(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], feedback: str, basis: str
+) -> None:
+    settings = Settings(0.6, metric="two_sided", allocator="knapsack", feedback=feedback, select=False, **COMMON)
+    planned = predicted_plan(tiny_model("llama"), draws()[0], settings)
+    on_the_line = dict(planned.points)[0.6] == pytest.approx(planned.plan.predicted_nats, rel=1e-6)
+    assert on_the_line == (feedback == "none")
+    show_prediction(planned, tmp_path)
+    out = capsys.readouterr().out
+    assert f"this plan (statistics {basis}" in out
+    assert f"{planned.plan.predicted_nats:.4f} nats" in out
+    found = json.loads((tmp_path / "prediction.json").read_text())
+    assert found["statistics"] == "statistics of the dense model"
+    assert found["plan"]["statistics"].startswith(f"statistics {basis}")
+    assert (tmp_path / "prediction.png").stat().st_size > 5_000
 
 
 def test_predicted_beside_measured() -> None:

@@ -42,16 +42,6 @@ def check_allocator(allocator: str) -> None:
         raise LowRankError(f"allocator='{allocator}' is unknown; choose one of {', '.join(ALLOCATORS)}")
 
 
-def needs_importance(allocator: str) -> bool:
-    """Whether the allocator uses the modules' importance.
-
-    Raises:
-        LowRankError: If there is no such allocator.
-    """
-    check_allocator(allocator)
-    return "importance" in NEEDS[allocator]
-
-
 def allocate(
     profiles: Sequence[MatrixProfile],
     *,

@@ -67,6 +67,9 @@ def measured_curves(profiles: Sequence[MatrixProfile]) -> list[NDArray[np.float6
     curves = []
     for profile in profiles:
         name = profile.spec.name
+        if len(profile.spec.levels()) == 1:  # no rank to choose, so none that could have been probed
+            curves.append(np.zeros_like(profile.tail_energy))
+            continue
         if profile.probe is None:
             raise LowRankError(f"matrix '{name}' has no probe; set probe of its profile (rank and measured KL)")
         rank, divergence = profile.probe
