@@ -65,6 +65,12 @@ def cells(groups: list[str]) -> Iterator[dict[str, Any]]:
         yield {"preset": "best", "storage": "pivot"}
         yield {"preset": "unirank", "storage": "pivot"}
         yield {"preset": "unirank", "feedback": "anchored", "rounds": 1}
+    if "top" in groups:  # the five best of all, for further draws: --groups top --seeds 1,2
+        yield {"preset": "best", "storage": "pivot"}
+        yield {"preset": "best"}
+        yield {"preset": "best", "select": False}
+        yield {"preset": "best", "feedback": "anchored", "rounds": 1}
+        yield {"preset": "unirank", "storage": "pivot"}
     if "variants" in groups:
         yield {**PLAIN, "metric": "input", "allocator": "unirank", "importance_of": "block"}
         yield {**PLAIN, "metric": "input", "allocator": "unirank", "cost_aware": True}

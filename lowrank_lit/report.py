@@ -245,7 +245,7 @@ def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
         "decompose": "spectra of every matrix",
         "measure": "what the allocator measures by itself",
         "allocate": "ranks from the spectra",
-        "select": "candidates measured on held-out sequences",
+        "select": "candidate plans measured on calibration text",
         "feedback": "statistics of the compressed model, and its refit",
         "factor": "factors of every matrix",
         "recover": "training",
