@@ -65,12 +65,14 @@ def cells(groups: list[str]) -> Iterator[dict[str, Any]]:
         yield {"preset": "best", "storage": "pivot"}
         yield {"preset": "unirank", "storage": "pivot"}
         yield {"preset": "unirank", "feedback": "anchored", "rounds": 1}
+    if {"top", "draws"} & set(groups):  # what the others are compared with: cheap, so at every draw and ratio
+        yield {"preset": "unirank"}
+        yield {"preset": "unirank", "storage": "pivot"}
     if "top" in groups:  # the five best of all, for further draws: --groups top --seeds 1,2
         yield {"preset": "best", "storage": "pivot"}
         yield {"preset": "best"}
         yield {"preset": "best", "select": False}
         yield {"preset": "best", "feedback": "anchored", "rounds": 1}
-        yield {"preset": "unirank", "storage": "pivot"}
     if "variants" in groups:
         yield {**PLAIN, "metric": "input", "allocator": "unirank", "importance_of": "block"}
         yield {**PLAIN, "metric": "input", "allocator": "unirank", "cost_aware": True}
@@ -189,16 +191,17 @@ def tables(entries: list[dict[str, Any]]) -> None:
 
 
 def relative(entries: list[dict[str, Any]]) -> dict[tuple[str, float], dict[tuple[str, int], float]]:
-    """Excess relative to input + unirank of the first draw: by cell and ratio, then by model and draw."""
+    """Excess relative to input + unirank of the same draw (else the first), by cell and ratio, by model and draw."""
     good = [entry for entry in entries if "excess" in entry]
     base = {
-        (entry["model"], entry["keep"]): entry["excess"]["test"]
+        (entry["model"], entry["keep"], entry["seed"]): entry["excess"]["test"]
         for entry in good
-        if label(entry["settings"]) == "unirank" and entry["seed"] == 0
+        if label(entry["settings"]) == "unirank"
     }
     found: dict[tuple[str, float], dict[tuple[str, int], float]] = {}
     for entry in good:
-        value = entry["excess"]["test"] / base[entry["model"], entry["keep"]]
+        place = entry["model"], entry["keep"]
+        value = entry["excess"]["test"] / base.get((*place, entry["seed"]), base[*place, 0])
         found.setdefault((label(entry["settings"]), entry["keep"]), {})[entry["model"], entry["seed"]] = value
     return found
 
@@ -226,15 +229,15 @@ def spread(entries: list[dict[str, Any]]) -> None:
     found = relative(entries)
     ratios = sorted({entry["keep"] for entry in entries}, reverse=True)
     models = list(dict.fromkeys(entry["model"] for entry in entries))
-    print("\n**Calibration draws**, excess / (input + unirank of the first draw), smallest to largest\n")
+    print("\n**Calibration draws**, excess / (input + unirank of the same draw), smallest to largest\n")
     print("| model | cell | draws | " + " | ".join(f"keep {ratio}" for ratio in ratios) + " |\n|---|---|---|", end="")
     print("---|" * len(ratios))
     for model in models:
         for name in ordered(entries):
             drawn = [[v for (m, _), v in found.get((name, ratio), {}).items() if m == model] for ratio in ratios]
-            if min(map(len, drawn)) > 1:
-                shown = " | ".join(f"{min(values):.2f} to {max(values):.2f}" for values in drawn)
-                print(f"| {model} | {name} | {min(map(len, drawn))} | {shown} |")
+            if max(map(len, drawn)) > 1:
+                shown = " | ".join(f"{min(v):.2f} to {max(v):.2f}" if len(v) > 1 else "" for v in drawn)
+                print(f"| {model} | {name} | {max(map(len, drawn))} | {shown} |")
 
 
 def main() -> None:
