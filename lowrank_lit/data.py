@@ -1,10 +1,9 @@
-"""Text for causal language models: sources, tokenizers, packed blocks, and the splits of one run."""
+"""Text for causal language models: tokenizers, blocks, and the splits of one run."""
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,107 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lowrank_lit.corpus import embedded_text, python_documents
 from lowrank_lit.errors import DataError, reason_of
+from lowrank_lit.instructions import InstructionDataset, instruction_blocks, is_instructions, read_samples
+from lowrank_lit.loader import ResumableLoader, shuffled_loader
+from lowrank_lit.sources import read_documents
 
 _SPLITS = ("train", "calibration", "validation", "test")
 _JOIN = "\n\n"
 # Where calibration begins in a training file without a calibration split of its own: far enough from the start that a
 # model's first look at the file is not what it is calibrated on.
 _CALIBRATION_START = 200_000
-
-
-def read_documents(source: str) -> list[str]:
-    """Documents of one text source.
-
-    Args:
-        source: ``embedded:test`` (an extract that the package carries: calibration, validation, test), ``stdlib:train``
-            (the running Python's own text), ``hub:NAME[:CONFIG]:SPLIT`` (column ``text`` of a data set of the hub or of
-            a folder, read by ``datasets``), or a local file: ``.jsonl`` (field ``text``), ``.parquet`` (column
-            ``text``), anything else is plain text and one document.
-
-    Raises:
-        DataError: If the file is missing, empty or malformed, or the data set cannot be reached. A text that is null in
-            a table counts as empty.
-    """
-    kind, _, rest = source.partition(":")
-    if kind == "embedded":
-        documents = [embedded_text(rest)]
-    elif kind == "stdlib":
-        documents = python_documents(rest)
-    elif kind == "hub":
-        documents = _read_hub(rest)
-    else:
-        documents = _read_file(Path(source).expanduser())
-    documents = [text for text in documents if text.strip()]
-    if not documents:
-        raise DataError(f"text '{source}' is empty; give a source with at least one block of text")
-    return documents
-
-
-def _read_file(path: Path) -> list[str]:
-    if not path.is_file():
-        raise DataError(f"text file '{path}' does not exist; give an existing .txt, .jsonl or .parquet file")
-    try:
-        if path.suffix == ".parquet":
-            return _texts_of_parquet(path)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"text file '{path}' cannot be read ({error}); give a readable UTF-8 file") from error
-    return _texts_of_lines(text, path) if path.suffix == ".jsonl" else [text]
-
-
-def _texts_of_lines(text: str, path: Path) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() also cuts at U+2028, legal inside a string
-        if not line.strip():
-            continue
-        try:
-            document = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"text file '{path}', line {number}: not a JSON object with a field 'text' ({error})"
-            ) from error
-        if not isinstance(document, str):
-            raise DataError(
-                f"text file '{path}', line {number}: 'text' is a {type(document).__name__}; it must be a string"
-            )
-        documents.append(document)
-    return documents
-
-
-def _texts_of_parquet(path: Path) -> list[str]:
-    import pyarrow.parquet
-
-    try:
-        values = pyarrow.parquet.read_table(path, columns=["text"]).column("text").to_pylist()
-    except Exception as error:  # pyarrow raises many kinds; each means that this file gives no column 'text'
-        raise DataError(f"text file '{path}': no readable column 'text' ({reason_of(error)})") from error
-    return _strings(values, f"text file '{path}'")
-
-
-def _strings(values: Iterable[Any], source: str) -> list[str]:
-    """The texts of a table's column; a null is an empty text."""
-    texts = ["" if value is None else value for value in values]
-    for value in texts:
-        if not isinstance(value, str):
-            raise DataError(f"{source}: column 'text' holds a {type(value).__name__}; it must hold strings")
-    return texts
-
-
-def _read_hub(spec: str) -> list[str]:
-    import datasets
-
-    parts = spec.split(":")
-    if len(parts) not in (2, 3) or not all(parts):
-        raise DataError(f"text 'hub:{spec}' is malformed; write hub:NAME:SPLIT or hub:NAME:CONFIG:SPLIT")
-    try:
-        values = list(datasets.load_dataset(*parts[:-1], split=parts[-1])["text"])
-    except Exception as error:  # network, name, configuration and column errors have no common base in `datasets`
-        raise DataError(
-            f"text 'hub:{spec}' cannot be loaded ({reason_of(error)}); check the name and the network, or give a file"
-        ) from error
-    return _strings(values, f"text 'hub:{spec}'")
 
 
 def load_tokenizer(path: str) -> Any:
@@ -205,8 +113,10 @@ class TextDataModule(pl.LightningDataModule):
 
     Args:
         sources: Text source of each split: ``train``, ``calibration``, ``validation``, ``test``; forms as in
-            :func:`read_documents`. Without ``calibration``, calibration blocks are cut from ``train``, starting at its
-            token 200,000; without ``validation`` nothing is validated while training.
+            :func:`lowrank_lit.sources.read_documents`. ``train`` may also hold instructions, ``alpaca:TABLE`` or
+            ``chat:TABLE`` (:func:`lowrank_lit.instructions.read_samples`), of which the responses alone are learnt.
+            Without ``calibration``, calibration blocks are cut from ``train``, starting at its token 200,000; without
+            ``validation`` nothing is validated while training.
         tokenizer: Folder or hub name of the tokenizer.
         block_size: Tokens per block.
         batch_size: Blocks per batch, for training and for every evaluation.
@@ -215,9 +125,15 @@ class TextDataModule(pl.LightningDataModule):
         evaluation_blocks: Blocks from the start of ``validation`` and ``test`` that a perplexity is measured on.
         vocab_size: Train a byte-level BPE tokenizer of this size on ``train`` and save it to the folder ``tokenizer``,
             where that folder has none yet; ``None`` only loads.
+        packing: Of instructions: several samples per block, kept apart in the attention (by position ids, which every
+            model of transformers takes that has rotary or learnt positions), instead of one that is padded.
+
+    The order of training blocks is a function of the seed of ``seed_everything`` and of the epoch alone, and the loader
+    has a state: a run that goes on from a checkpoint sees the blocks that it would have seen.
 
     Raises:
-        DataError: For a missing or empty source, a text shorter than one block, or an unknown split.
+        DataError: For a missing or empty source, a text shorter than one block, an unknown split, or a callback that
+            monitors a validation which does not take place.
     """
 
     def __init__(
@@ -231,11 +147,17 @@ class TextDataModule(pl.LightningDataModule):
         calibration_seed: int = 0,
         evaluation_blocks: int = 100,
         vocab_size: int | None = None,
+        packing: bool = True,
     ) -> None:
         super().__init__()
         unknown = sorted(set(sources) - set(_SPLITS))
         if unknown:
             raise DataError(f"data.sources has unknown splits {unknown}; allowed are {', '.join(_SPLITS)}")
+        for split in set(sources) - {"train"}:
+            if is_instructions(sources[split]):
+                raise DataError(
+                    f"data.sources.{split}='{sources[split]}' holds instructions, which only train takes; give a text"
+                )
         for name, value, least in (
             ("block_size", block_size, 2),
             ("batch_size", batch_size, 1),
@@ -253,8 +175,10 @@ class TextDataModule(pl.LightningDataModule):
         self.calibration_seed = calibration_seed
         self.evaluation_blocks = evaluation_blocks
         self.vocab_size = vocab_size
+        self.packing = packing
         self._tokenizer: Any = None
         self._blocks: dict[str, Tensor] = {}
+        self._instructions: InstructionDataset | None = None
 
     @property
     def tokenizer(self) -> Any:
@@ -274,8 +198,13 @@ class TextDataModule(pl.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Read and check every source, so that a bad one is found before anything is computed."""
+        if stage == "fit" and self.trainer is not None:
+            _check_monitors(self.trainer, self.has("validation"))
         for split in self.sources:
-            self.blocks(split)
+            if split == "train":
+                self.training_data()
+            else:
+                self.blocks(split)
 
     def blocks(self, split: str) -> Tensor:
         """All blocks of a split, LongTensor ``(blocks, block_size)``."""
@@ -288,6 +217,20 @@ class TextDataModule(pl.LightningDataModule):
                 )
             self._blocks[split] = blocks
         return self._blocks[split]
+
+    def training_data(self) -> Dataset[dict[str, Tensor]]:
+        """Samples of ``train``: blocks of text, or of instructions."""
+        if not is_instructions(self.sources.get("train", "")):
+            return BlockDataset(self.blocks("train"))
+        if self._instructions is None:
+            try:
+                samples = read_samples(self.sources["train"], self.tokenizer)
+                padding = self.tokenizer.pad_token_id
+                padding = (self.tokenizer.eos_token_id or 0) if padding is None else padding
+                self._instructions = instruction_blocks(samples, self.block_size, padding, packing=self.packing)
+            except DataError as error:
+                raise DataError(f"data.sources.train: {error}") from error
+        return self._instructions
 
     def calibration_batches(self, seed: int | None = None) -> list[dict[str, Tensor]]:
         """Batches ``{"input_ids"}`` of LongTensor ``(batch_size, block_size)`` to collect statistics on.
@@ -315,16 +258,19 @@ class TextDataModule(pl.LightningDataModule):
         """Whether a source was given for ``split``."""
         return split in self.sources
 
-    def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
-        """Shuffled training blocks; an incomplete last batch is left out, unless it is the only one."""
-        blocks = self.blocks("train")
-        return DataLoader(BlockDataset(blocks), self.batch_size, shuffle=True, drop_last=len(blocks) >= self.batch_size)
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled training blocks of this process; an incomplete last batch is left out, unless it is the only one."""
+        trainer = self.trainer
+        replicas, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
+        return shuffled_loader(self.training_data(), self.batch_size, replicas=replicas, rank=rank)
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]] | list[Any]:
         """Validation blocks in order, or nothing where no validation text was given."""
-        return (
-            DataLoader(BlockDataset(self.evaluation("validation")), self.batch_size) if self.has("validation") else []
-        )
+        if not self.has("validation"):
+            return []
+        # A generator of its own: a validation then moves no random state that training depends on.
+        blocks = BlockDataset(self.evaluation("validation"))
+        return DataLoader(blocks, self.batch_size, generator=torch.Generator())
 
     def describe(self) -> Mapping[str, Any]:
         """The protocol in a form that a record can hold."""
@@ -339,7 +285,25 @@ class TextDataModule(pl.LightningDataModule):
     def _documents(self, split: str) -> list[str]:
         if split not in self.sources:
             raise DataError(f"data.sources has no '{split}'; add a text source for it")
+        if is_instructions(self.sources[split]):
+            raise DataError(
+                f"data.sources.{split}='{self.sources[split]}' holds instructions and no text; "
+                "give data.sources.calibration to calibrate on, and a tokenizer that exists"
+            )
         try:
             return read_documents(self.sources[split])
         except DataError as error:
             raise DataError(f"data.sources.{split}: {error}") from error
+
+
+def _check_monitors(trainer: pl.Trainer, has_text: bool) -> None:
+    """Refuse a callback that waits for a validation which never comes; Lightning would say so after an epoch."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(monitor, str) and monitor.startswith("val_") and not (has_text and trainer.limit_val_batches):
+            reason = "trainer.limit_val_batches is 0" if has_text else "data.sources has no 'validation'"
+            raise DataError(
+                f"{type(callback).__name__} monitors '{monitor}', but the validation set is empty: {reason}; "
+                "give a validation text and trainer.limit_val_batches=1.0, or monitor something else"
+            )

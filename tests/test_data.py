@@ -9,17 +9,20 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import lightning.pytorch as pl
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from tokenizers import Tokenizer
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from lowrank_lit.corpus import embedded_text
-from lowrank_lit.data import TextDataModule, load_tokenizer, read_documents, tokenize_blocks, train_tokenizer
+from lowrank_lit.data import TextDataModule, load_tokenizer, tokenize_blocks, train_tokenizer
 from lowrank_lit.errors import DataError
+from lowrank_lit.sources import read_documents
 
 BLOCK = 32
 TEXT = embedded_text("validation")[30_000:50_000]
@@ -272,6 +275,37 @@ def test_evaluation_and_loaders(make: Callable[..., TextDataModule], text_file: 
     assert not torch.equal(drawn, blocks[: len(drawn)])
     known = {tuple(row) for row in blocks.tolist()}
     assert all(tuple(row) in known for row in drawn.tolist())
+
+
+def test_training_order_is_that_of_the_seed(
+    make: Callable[..., TextDataModule], text_file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def order(seed: int) -> list[Any]:
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        torch.manual_seed(seed + 40)  # which the order does not depend on
+        return [batch["input_ids"].tolist() for batch in make(sources={"train": text_file}).train_dataloader()]
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping(monitor="val_loss"), ModelCheckpoint(monitor="val_perplexity")])
+def test_an_empty_validation_set_that_something_waits_for_is_refused(
+    callback: pl.Callback, make: Callable[..., TextDataModule], text_file: str
+) -> None:
+    settings: dict[str, Any] = {"logger": False, "accelerator": "cpu", "callbacks": [callback]}
+    for sources, limit, reason in (
+        ({"train": text_file}, None, r"empty: data\.sources has no 'validation'; give a validation text"),
+        ({"train": text_file, "validation": text_file}, 0, r"empty: trainer\.limit_val_batches is 0; give"),
+    ):
+        module = make(sources=sources)
+        module.trainer = pl.Trainer(limit_val_batches=limit, **settings)
+        with pytest.raises(DataError, match=f"^{type(callback).__name__} monitors 'val_[a-z]+', .*{reason}"):
+            module.setup("fit")
+        module.setup("test")
+    module = make(sources={"train": text_file, "validation": text_file})
+    module.trainer = pl.Trainer(**settings)
+    module.setup("fit")
 
 
 def test_a_last_batch_that_is_the_only_one_is_kept(make: Callable[..., TextDataModule], text_file: str) -> None:
