@@ -5,72 +5,46 @@ With adapters ``b1 a1`` on ``outer`` (out, r) and ``b2 a2`` on ``inner`` (r, in)
     W' = (outer + s b1 a1) (inner + s b2 a2)
 
 so the merged factors have the shapes they had, rank(W') <= r, and there is nothing to truncate again. A LoRA on the
-product has rank r + l instead; cutting it back to r loses most of a small update. In pivot form the factors are the
-pivot rows (r, in) and the coefficients (out - r, r), with the same effect. The adapters and their merge are
-PEFT's; here are the choice of layers, the bound on the adapter rank, and the checks. (SVD-LLM, arXiv:2403.07378, adapts
-one factor after the other.)
+product has rank r + l instead; cutting it back to r loses most of a small update (see
+:mod:`lowrank_lit.product_lora`). In pivot form the factors are the pivot rows (r, in) and the coefficients
+(out - r, r), with the same effect. The adapters and their merge are PEFT's; here are the choice of layers, the bound on
+the adapter rank, and the checks. (SVD-LLM, arXiv:2403.07378, adapts one factor after the other.)
 """
 
 from __future__ import annotations
 
-import copy
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
+from lowrank_lit.adapter_config import (
+    DATA_DRIVEN,
+    FACTORS,
+    config_of,
+    factors_of,
+    find_pairs,
+    is_quantised,
+    join,
+    resolve_targets,
+    resolved_spec,
+    rewrites_factors,
+    unfit_for_quantised,
+)
+from lowrank_lit.errors import LowRankError, ModelError, reason_of
 from lowrank_lit.layers import FactoredLayer
-from lowrank_lit.linalg import to_double
+from lowrank_lit.merging import MergeRecord, Trial, dequantised, merged, put, summary, try_merge
+from lowrank_lit.unmerging import UnmergeRecord
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from peft.tuners.tuners_utils import BaseTuner
 
+DEFAULT_RANK = 8
 _ADAPTER = "recovery"
-_FACTORS = ("inner", "outer")
-_PROBE_TOKENS = 32
-# With these PEFT trains or rewrites something that is not an adapter of a factor.
-_FOREIGN = ("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices", "lora_bias")
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """What a merge did; every pair kept its shapes and so its rank, or the merge would have raised.
-
-    Differences are between an adapted pair and the merged one on a probe, both computed in float32 (float64 for float64
-    factors): what storing the sums in the factors' dtype costs. Updates are ||W' - W||_F / ||W||_F of stored products.
-
-    Attributes:
-        pairs: Factored layers that were merged.
-        factor_parameters_before: Numbers in the factors and their biases before there were adapters.
-        factor_parameters_after: The same after the merge.
-        largest_output_difference: Largest absolute difference of an output entry, in the unit of that output.
-        largest_relative_difference: Largest ||difference||_F / ||adapted output||_F of a pair.
-        worst_pair: Name of the pair with the largest relative difference.
-        smallest_update: Smallest update of a pair.
-        median_update: Median over the pairs; below 0.01 a merge into bfloat16 rounds a good part of the update away.
-        largest_update: Largest update of a pair.
-    """
-
-    pairs: int
-    factor_parameters_before: int
-    factor_parameters_after: int
-    largest_output_difference: float
-    largest_relative_difference: float
-    worst_pair: str
-    smallest_update: float
-    median_update: float
-    largest_update: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain numbers and strings, for JSON."""
-        return asdict(self)
 
 
 @dataclass
@@ -81,16 +55,20 @@ class Adapters:
         model: The adapted model.
         record: Settings and sizes as plain values; ``clamped`` maps a layer to its adapter rank where the layer's own
             rank forced a smaller one than asked for.
+        settings: Arguments of :func:`add_adapters`, as plain values, that put adapters of the same names and shapes on
+            the same model again; their weights come from a checkpoint then.
         merged: What :meth:`merge` did, None until then.
     """
 
     model: nn.Module
     record: dict[str, Any]
+    settings: dict[str, Any]
     merged: MergeRecord | None = field(default=None, init=False)
     _tuner: BaseTuner = field(repr=False)
     _pairs: dict[str, FactoredLayer] = field(repr=False)
-    _originals: dict[str, nn.Linear] = field(repr=False)
+    _factors: dict[str, nn.Linear] = field(repr=False)
     _requires_grad: list[tuple[nn.Parameter, bool]] = field(repr=False)
+    _originals: dict[str, Tensor] = field(repr=False)
 
     @property
     def rank(self) -> int:
@@ -102,36 +80,92 @@ class Adapters:
         """How many numbers the adapters have: the only ones that train."""
         return int(self.record["trainable_parameters"])
 
-    def merge(self, *, probe: Mapping[str, Tensor] | None = None) -> MergeRecord:
+    def parameters(self, factor: str) -> list[nn.Parameter]:
+        """The trainable parameters of the adapters on ``inner`` or on ``outer``."""
+        layers = [getattr(pair, factor) for pair in self._pairs.values()]
+        return [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
+
+    def merge(
+        self,
+        *,
+        probe: Mapping[str, Tensor] | None = None,
+        unmerge_record: Path | str | None = None,
+        root: str = "",
+    ) -> MergeRecord:
         """Add every adapter to its factor and remove it: the plain factored model again, with new values.
 
         Every pair passes its checks before anything is written, so a merge that raises leaves the adapters in place.
-        Factors keep their dtype and their Parameter objects; every parameter gets its ``requires_grad`` back.
+        Factors keep their dtype and their Parameter objects; every parameter gets its ``requires_grad`` back. Quantised
+        factors become plain layers, with the dtype and the ``requires_grad`` that they had before they were quantised.
 
         Args:
             probe: Inputs (tokens, in_features) by layer name to measure the difference on; a layer that is not named is
                 measured on 32 seeded normal tokens.
+            unmerge_record: Folder to write what :func:`lowrank_lit.unmerging.unmerge` takes the merge back from.
+            root: Name of the module in ``model`` that the record is of; it then speaks of names below that.
 
         Raises:
             ModelError: If the adapters are merged already, or a factor was replaced or is not whole on this process.
             NonFiniteError: If an adapter or a merged factor holds a NaN or infinity; the message names it.
+            ExportError: If the record cannot be written.
         """
         if self.merged is not None:
             raise ModelError("the adapters are merged already; add new ones with add_adapters")
         self._check_factors()
-        trials = {name: _trial(name, pair, (probe or {}).get(name)) for name, pair in self._pairs.items()}
-        self._tuner.merge_and_unload(safe_merge=True)
+        trials: dict[str, Trial] = {}
+        record = None if unmerge_record is None else UnmergeRecord()
+        for name, pair in self._pairs.items():
+            trials[name] = try_merge(name, pair, (probe or {}).get(name), self._before(name))
+            if record is not None:
+                self._note(record, name, pair, root)
+        if record is not None and unmerge_record is not None:
+            record.save(Path(unmerge_record))
+        quantised = sum(is_quantised(factor) for factor in self._factors.values())
+        for name, pair in self._pairs.items():
+            self._write(name, pair)
+        self._tuner.unload()
         for parameter, requires_grad in self._requires_grad:
             parameter.requires_grad_(requires_grad)
         self._check_factors(adapted=False)
-        self.merged = _summary(trials, self.record["factor_parameters"], _size(self._pairs))
+        self.merged = summary(trials, self.record["factor_parameters"], _size(self._pairs), quantised)
         return self.merged
 
+    @torch.no_grad()
+    def _write(self, name: str, pair: FactoredLayer) -> None:
+        """Give the factors of one pair their merged values, under the adapters, which are of no use any more."""
+        with dequantised(pair) as plain, merged(name, pair):
+            values = {factor: _base(getattr(pair, factor)).weight.data for factor in FACTORS}
+        for factor, layer in plain.items():
+            key = join(name, factor)
+            layer.bias = self._factors[key].bias  # the same Parameter, for it was never quantised
+            layer.train(pair.training)
+            put(pair, factor, layer)
+            self._factors[key] = layer
+        for factor, value in values.items():
+            _base(getattr(pair, factor)).weight.data = value
+
+    @torch.no_grad()
+    def _note(self, record: UnmergeRecord, name: str, pair: FactoredLayer, root: str) -> None:
+        with dequantised(pair) as plain:
+            before = {f: _base(getattr(pair, f)).weight.data for f in FACTORS} | self._before(name)
+            with merged(name, pair):
+                for factor in FACTORS:
+                    key = join(name, factor)
+                    layer: Any = getattr(pair, factor)
+                    if hasattr(layer, "base_layer") or factor in plain:
+                        known = key in self._originals
+                        adapter = None if known else _sum_of(layer)
+                        record.add(_below(root, key), before[factor], _base(layer).weight.data, adapter)
+
+    def _before(self, name: str) -> dict[str, Tensor]:
+        """Factors of a pair before there were adapters, where the method has rewritten them."""
+        return {f: self._originals[key] for f in FACTORS if (key := join(name, f)) in self._originals}
+
     def _check_factors(self, *, adapted: bool = True) -> None:
-        for name, layer in _factors(self._pairs).items():
-            found, original = getattr(layer, "base_layer", layer) if adapted else layer, self._originals[name]
+        for name, layer in factors_of(self._pairs).items():
+            found, original = _base(layer) if adapted else layer, self._factors[name]
             weight, shape = tuple(found.weight.shape), (original.out_features, original.in_features)
-            if found is not original or weight != shape:
+            if found is not original or (weight != shape and not is_quantised(original)):
                 raise ModelError(
                     f"layer '{name}' is a {type(found).__name__} with a weight of shape {weight} instead of the factor "
                     f"{shape} that was adapted; leave layers alone until the merge, and merge where weights are whole"
@@ -141,269 +175,208 @@ class Adapters:
 def add_adapters(
     model: nn.Module,
     *,
-    rank: int = 8,
+    rank: int | None = None,
     alpha: float = 16.0,
     dropout: float = 0.0,
     use_rslora: bool = False,
-    config: PeftConfig | None = None,
+    config: PeftConfig | Mapping[str, Any] | None = None,
+    factors: Sequence[str] = FACTORS,
+    starts: Mapping[str, Tensor] | None = None,
 ) -> Adapters:
     """Put a LoRA on ``inner`` and ``outer`` of every factored layer of a model, in place, and freeze everything else.
 
-    The output is unchanged until the adapters train. Adapters of float16 and bfloat16 factors are float32. An adapter's
-    rank is kept below the least side of its factor, which is the layer's rank r (out - r for the coefficients of a
-    pivot form with fewer rows than that), and at 1 or more; its scale stays what was asked for.
+    The output is unchanged until the adapters train. Adapters of float16, bfloat16 and 4-bit factors are float32. An
+    adapter's rank is kept below the least side of its factor, which is the layer's rank r (out - r for the coefficients
+    of a pivot form with fewer rows than that), and at 1 or more; its scale stays what was asked for, and the record's
+    ``clamped`` says where that happened. A rank that was asked for and is below the rank of no factor is an error.
 
     Args:
         model: Any module that holds FactoredLinear or PivotLinear layers; it stays the object it is.
-        rank: Adapter rank l, the same for both factors.
+        rank: Adapter rank l, the same for both factors; None is 8, or less where no layer has more.
         alpha: The update is scaled by alpha / l.
         dropout: Probability of dropping an entry of an adapter's input in train mode.
         use_rslora: Scale by alpha / sqrt(l) instead (arXiv:2312.03732); better from l = 16 on.
-        config: A PEFT configuration instead of the settings above, for another initialisation or method. Its
+        config: A PEFT configuration instead of the settings above, for another initialisation or method (DoRA, PiSSA,
+            OLoRA, EVA, CorDA, MiSS), or its plain values ``{"class_path": "peft.LoraConfig", "init_args": {...}}``. Its
             ``target_modules`` may choose among the factors by their names in ``model``; None chooses all.
+        factors: ``inner``, ``outer`` or both.
+        starts: Where the adapters of EVA and CorDA start, from :func:`lowrank_lit.adapter_starts.adapter_starts`.
 
     Raises:
         LowRankError: If a setting is out of its range.
-        ModelError: If there is nothing to adapt, the model has adapters already, a factor is shared or quantised, or
-            the configuration would train anything but adapters of factors.
+        ModelError: If there is nothing to adapt, the model has adapters already, a factor is shared, the configuration
+            would train anything but adapters of factors or rewrite quantised ones, or PEFT refuses it.
     """
-    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+    if (rank is not None and rank < 1) or alpha <= 0 or not 0 <= dropout < 1:
         raise LowRankError(
             f"rank={rank}, alpha={alpha}, dropout={dropout}: give rank >= 1, alpha > 0, 0 <= dropout < 1"
         )
-    from peft import LoraConfig
-
-    pairs, originals = _find_pairs(model)
-    # A copy of Any type: each PEFT method has settings of its own, and those below are looked for before they are used.
-    settings: Any = copy.deepcopy(config)
-    if settings is None:
-        plain: dict[str, Any] = {"lora_alpha": alpha, "lora_dropout": dropout, "use_rslora": use_rslora}
-        settings = LoraConfig(r=rank, **plain)
-    chosen = _resolve_targets(model, pairs, settings)
+    pairs, layers = find_pairs(model)
+    plain = {"rank": rank, "alpha": alpha, "dropout": dropout, "use_rslora": use_rslora}
+    settings = _own_config(config, plain)
+    unasked = rank is None and config is None
+    targets = resolve_targets(model, pairs, settings, factors=factors, starts=starts, clamp_all=unasked)
+    _check_starts(settings, targets.chosen, layers, starts)
+    again = plain if config is None else {"config": resolved_spec(config_of(config), targets)}
     record: dict[str, Any] = {"method": settings.peft_type.value}
     record |= {key: getattr(settings, key, None) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    record |= {"clamped": _resolve_ranks(originals, chosen, settings), "pairs": len(pairs), "adapters": len(chosen)}
-    record["factor_parameters"] = _size(pairs)
+    record |= {"clamped": targets.clamped, "pairs": len(pairs), "adapters": len(targets.chosen)}
+    record["factor_parameters"] = sum(_numbers(pair) for pair in pairs.values())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    tuner = _inject(pairs, settings)
+    originals: dict[str, Tensor] = {}
+    if rewrites_factors(settings):
+        originals = {name: layers[name].weight.detach().clone() for name in targets.chosen}
+    tuner = _inject(pairs, settings, {name: layers[name] for name in targets.chosen}, originals, starts or {}, flags)
     for parameter, _ in flags:
         parameter.requires_grad_(False)
     record["trainable_parameters"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Adapters(model, record, tuner, pairs, originals, flags)
+    kept = {name: value.cpu() for name, value in originals.items() if not torch.equal(value, layers[name].weight)}
+    return Adapters(model, record, {**again, "factors": list(factors)}, tuner, pairs, layers, flags, kept)
 
 
-def _inject(pairs: Mapping[str, FactoredLayer], config: Any) -> BaseTuner:
+def factor_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters of a module in groups for an optimizer: ``inner``, ``outer`` and the others.
+
+    Each group has the keys ``params`` and ``factor`` ("inner", "outer", or "" for parameters of no factor), so that
+    the learning rate of one factor can be changed without a change of the optimizer. Empty groups are left out.
+    """
+    of: dict[int, str] = {}
+    for pair in module.modules():
+        for factor in FACTORS if isinstance(pair, FactoredLayer) else ():
+            of |= {id(parameter): factor for parameter in getattr(pair, factor).parameters()}
+    groups: dict[str, list[nn.Parameter]] = {"": [], "inner": [], "outer": []}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            groups[of.get(id(parameter), "")].append(parameter)
+    return [{"params": parameters, "factor": factor} for factor, parameters in groups.items() if parameters]
+
+
+def pause(
+    optimizer: torch.optim.Optimizer, factor: str, parameters: Iterable[nn.Parameter], *, by_rate: bool = False
+) -> None:
+    """Let the next step of an optimizer pass a factor by; call it after the gradients and before the step.
+
+    Args:
+        optimizer: Any, or DeepSpeed's.
+        factor: ``inner`` or ``outer``.
+        parameters: Of that factor; their gradients are dropped, and with them every change of their state.
+        by_rate: Set the learning rate of the groups of :func:`factor_groups` to zero instead, until :func:`resume`:
+            for optimizers that have taken the gradients already.
+    """
+    if not by_rate:
+        for parameter in parameters:
+            parameter.grad = None
+        return
+    for group in optimizer.param_groups:
+        if group.get("factor") == factor:
+            group["paused_lr"], group["lr"] = group["lr"], 0.0
+
+
+def resume(optimizer: torch.optim.Optimizer) -> None:
+    """Give groups that :func:`pause` has stopped their learning rate back, unless a scheduler has given them one."""
+    for group in optimizer.param_groups:
+        rate = group.pop("paused_lr", None)
+        if rate is not None and group["lr"] == 0:
+            group["lr"] = rate
+
+
+def _own_config(config: PeftConfig | Mapping[str, Any] | None, plain: Mapping[str, Any]) -> Any:
+    if config is not None:
+        return config_of(config)
+    from peft import LoraConfig
+
+    lora: dict[str, Any] = {"lora_alpha": plain["alpha"], "lora_dropout": plain["dropout"]}  # alpha may be a fraction
+    return LoraConfig(r=plain["rank"] or DEFAULT_RANK, use_rslora=plain["use_rslora"], **lora)
+
+
+def _check_starts(
+    config: Any, chosen: Iterable[str], layers: Mapping[str, nn.Linear], starts: Mapping[str, Tensor] | None
+) -> None:
+    kind = getattr(config, "init_lora_weights", None)
+    if kind in DATA_DRIVEN and starts is None:
+        raise ModelError(
+            f"config.init_lora_weights='{kind}' starts from data; give starts=adapter_starts(model, config)"
+        )
+    for name in chosen:
+        if is_quantised(layers[name]) and (why := unfit_for_quantised(config, layers[name].in_features)):
+            raise ModelError(f"config: '{name}' is quantised, and {why}, or leave the factors unquantised")
+
+
+def _inject(
+    pairs: Mapping[str, FactoredLayer],
+    config: Any,
+    chosen: Mapping[str, nn.Linear],
+    originals: Mapping[str, Tensor],
+    starts: Mapping[str, Tensor],
+    flags: Sequence[tuple[nn.Parameter, bool]],
+) -> BaseTuner:
     """Let PEFT wrap the factors; they are as before if it refuses."""
     from peft import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     # PEFT is given the pairs alone, not the model: nothing else can match, and nothing is written on the model itself.
+    # It does not hear of 4-bit layers either: its layer for those could only merge by quantising again.
     host = nn.ModuleList(pairs.values())
+    _lend_components(chosen, starts)
     try:
         tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](host, config, _ADAPTER)
-    except Exception:
+    except BaseException as error:  # an interrupt, too, is to leave a model that can be used
         for pair in pairs.values():
-            for factor in _FACTORS:
-                setattr(pair, factor, getattr(getattr(pair, factor), "base_layer", getattr(pair, factor)))
+            for factor in FACTORS:
+                setattr(pair, factor, _base(getattr(pair, factor)))
+        for name, value in originals.items():
+            chosen[name].weight.data = value
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
+        if isinstance(error, (TypeError, ValueError, RuntimeError)):
+            raise ModelError(f"config: PEFT refuses it for these factors ({reason_of(error)})") from error
         raise
+    finally:
+        for layer in chosen.values():
+            vars(layer).pop("eigens", None)
     cast_adapter_dtype(host, _ADAPTER)
+    for name, layer in factors_of(pairs).items():
+        if (start := starts.get(f"{name}.eva")) is not None:
+            layer.lora_A[_ADAPTER].weight.data.copy_(start)
     for pair in pairs.values():
         pair.train(pair.training)  # PEFT's layers are born in train mode: dropout would act in a model in eval mode
     return tuner
 
 
-def _join(name: str, factor: str) -> str:
-    return f"{name}.{factor}" if name else factor  # the model may itself be a factored layer
+def _lend_components(chosen: Mapping[str, nn.Linear], starts: Mapping[str, Tensor]) -> None:
+    """Leave CorDA's components where PEFT looks for them, on the layer."""
+    for name, layer in chosen.items():
+        if f"{name}.corda_u" in starts:
+            from peft.tuners.lora.corda import CordaEigens
+
+            u, s, v = (starts[f"{name}.corda_{part}"].to(layer.weight.device, copy=True) for part in "usv")
+            vars(layer)["eigens"] = CordaEigens(S_WC=s, U_WC=u, V_WC=v)
 
 
-def _factors(pairs: Mapping[str, FactoredLayer]) -> dict[str, Any]:
-    """Both children of every pair, by their names in the model: nn.Linear or PEFT's layer round one."""
-    return {_join(name, factor): getattr(pair, factor) for name, pair in pairs.items() for factor in _FACTORS}
+def _sum_of(layer: Any) -> tuple[Tensor, Tensor, float] | None:
+    """``a``, ``b`` and the scale of an adapter that a merge adds; ``None`` where a merge does something else."""
+    from peft.tuners.lora import Linear
+
+    if not isinstance(layer, Linear) or _ADAPTER in layer.lora_variant:
+        return None
+    a, b = (part[_ADAPTER].get_parameter("weight").data for part in (layer.lora_A, layer.lora_B))
+    return a, b, float(layer.scaling[_ADAPTER])
+
+
+def _base(layer: Any) -> Any:
+    return getattr(layer, "base_layer", layer)
+
+
+def _below(root: str, name: str) -> str:
+    return name.removeprefix(f"{root}.") if root else name
 
 
 def _size(pairs: Mapping[str, FactoredLayer]) -> int:
     return sum(parameter.numel() for pair in pairs.values() for parameter in pair.parameters())
 
 
-def _find_pairs(model: nn.Module) -> tuple[dict[str, FactoredLayer], dict[str, nn.Linear]]:
-    """The factored layers by name, each once, and their factors, checked to be ones an adapter can be merged into."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    pairs = {name: module for name, module in model.named_modules() if isinstance(module, FactoredLayer)}
-    if not pairs:
-        raise ModelError(f"the {type(model).__name__} has no factored layer to adapt; compress it first")
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    factors = _factors(pairs)
-    holders = Counter(id(factor) for factor in factors.values())
-    for name, factor in factors.items():
-        kind = type(factor).__name__
-        if isinstance(factor, BaseTunerLayer):
-            raise ModelError(f"layer '{name}' has an adapter already; merge it before adding another")
-        if not isinstance(factor, nn.Linear) or not factor.weight.is_floating_point():
-            raise ModelError(f"layer '{name}' is a {kind} without real weights; dequantise it before adding adapters")
-        if holders[id(factor)] > 1 or any(owners[id(p)] > 1 for p in factor.parameters()):
-            raise ModelError(f"layer '{name}' is shared, so an adapter would change two layers; untie it first")
-    return pairs, factors
-
-
-def _resolve_targets(model: nn.Module, pairs: Mapping[str, FactoredLayer], config: Any) -> dict[str, str]:
-    """Resolve a configuration's targets to exact factors, in place; returns {name in the model: name in the host}."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
-    for setting in _FOREIGN:
-        if value := getattr(config, setting, None):
-            raise ModelError(f"config.{setting}={value!r} reaches beyond the factors; leave it unset")
-    if not hasattr(config, "target_modules"):
-        raise ModelError(f"config={type(config).__name__} adapts no layers; give a LoraConfig or one of its kind")
-    if getattr(config, "bias", "none") != "none":
-        raise ModelError(f"config.bias={config.bias!r} trains biases, which no adapter holds; set it to 'none'")
-    chosen = {_join(name, factor): f"{i}.{factor}" for i, name in enumerate(pairs) for factor in _FACTORS}
-    asked = config.target_modules
-    if asked is not None and asked != "all-linear":
-        matched = [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
-        foreign = [name for name in matched if name not in chosen]
-        if foreign or not matched:
-            found = f"matches '{foreign[0]}', which is no factor" if foreign else "matches no layer"
-            raise ModelError(f"config.target_modules={asked!r} {found}; choose factors, such as '{next(iter(chosen))}'")
-        chosen = {name: chosen[name] for name in matched}
-    for setting in ("exclude_modules", "layers_to_transform", "layers_pattern"):
-        if hasattr(config, setting):
-            setattr(config, setting, None)  # taken into account above; they speak of names in the model
-    config.target_modules = "|".join(name.replace(".", r"\.") for name in chosen.values())
-    return chosen
-
-
-def _resolve_ranks(factors: Mapping[str, nn.Linear], chosen: Mapping[str, str], config: Any) -> dict[str, int]:
-    """Bound each adapter's rank by its factor's, its scale unchanged, in place; returns {layer: its least rank}."""
-    if not hasattr(config, "rank_pattern"):
-        return {}
-    from peft.utils.other import get_pattern_key
-
-    has_alpha = hasattr(config, "alpha_pattern")
-    asked_ranks, asked_alphas = config.rank_pattern, config.alpha_pattern if has_alpha else {}
-    default_alpha = config.lora_alpha if has_alpha else 1.0
-    power = 0.5 if getattr(config, "use_rslora", False) else 1.0
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
-    clamped: dict[str, int] = {}
-    for name, host_name in chosen.items():
-        layer = name.rpartition(".")[0]
-        rank = asked_ranks.get(get_pattern_key(list(asked_ranks), name), config.r)
-        alpha = asked_alphas.get(get_pattern_key(list(asked_alphas), name), default_alpha)
-        most = max(1, min(factors[name].weight.shape) - 1)
-        if rank > most:
-            clamped[layer] = min(most, clamped.get(layer, most))
-            alpha, rank = alpha * (most / rank) ** power, most
-        key = host_name.replace(".", r"\.")
-        ranks |= {key: rank} if rank != config.r else {}
-        alphas |= {key: alpha} if alpha != default_alpha else {}
-    config.rank_pattern = ranks
-    if has_alpha:
-        config.alpha_pattern = alphas
-    return clamped
-
-
-def _summary(trials: Mapping[str, tuple[float, float, float]], before: int, after: int) -> MergeRecord:
-    differences, relatives, updates = (sorted(column) for column in zip(*trials.values(), strict=True))
-    return MergeRecord(
-        pairs=len(trials),
-        factor_parameters_before=before,
-        factor_parameters_after=after,
-        largest_output_difference=differences[-1],
-        largest_relative_difference=relatives[-1],
-        worst_pair=max(trials, key=lambda name: trials[name][1]),
-        smallest_update=updates[0],
-        median_update=updates[len(updates) // 2],
-        largest_update=updates[-1],
-    )
-
-
-@torch.no_grad()
-def _trial(name: str, pair: FactoredLayer, probe: Tensor | None) -> tuple[float, float, float]:
-    """Merge one pair, measure, and take the merge back to the last bit: difference, relative difference, update."""
-    for key, parameter in pair.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise NonFiniteError(f"layer '{_join(name, key)}' holds a NaN or infinity; lower the learning rate")
-    if probe is None:
-        probe = torch.randn(_PROBE_TOKENS, pair.in_features, generator=torch.Generator().manual_seed(0))
-    with torch.autocast(pair.inner.weight.device.type, enabled=False), _in_eval_mode(pair):
-        with _in_float32(pair):
-            before = _values(pair)
-            inputs = probe.to(before[0])
-            adapted: Tensor = pair.forward(inputs)
-        with _merged(name, pair), _in_float32(pair):
-            update = _product_update(before, _values(pair))
-            difference: Tensor = pair.forward(inputs) - adapted
-    relative = float(difference.norm() / adapted.norm()) if difference.any() else 0.0
-    return float(difference.abs().max()), relative, update
-
-
-def _values(pair: FactoredLayer) -> tuple[Tensor, Tensor]:
-    """The factors (outer, inner) of the weight, apart from the parameters, which are given other values later."""
-    outer, inner = pair.factors()
-    return outer.data, inner.data
-
-
-def _product_update(before: tuple[Tensor, Tensor], after: tuple[Tensor, Tensor]) -> float:
-    """||outer' inner' - outer inner||_F / ||outer inner||_F of (outer, inner) pairs, without an (out, in) product."""
-    (outer, inner), (new_outer, new_inner) = map(to_double, before), map(to_double, after)
-    # The difference is (outer' - outer) inner' + outer (inner' - inner): nothing large cancels in it.
-    left = torch.cat([new_outer - outer, outer], dim=1)
-    right = torch.cat([new_inner, new_inner - inner], dim=0)
-    size, change = _product_norm(outer, inner), _product_norm(left, right)
-    return change / size if size > 0 else math.inf if change > 0 else 0.0
-
-
-def _product_norm(left: Tensor, right: Tensor) -> float:
-    """||left right||_F = sqrt(sum((left^T left) * (right right^T)))."""
-    return math.sqrt(max(0.0, float(((left.T @ left) * (right @ right.T)).sum())))
-
-
-@contextmanager
-def _merged(name: str, pair: FactoredLayer) -> Iterator[None]:
-    """Merge the adapters of one pair by PEFT, and restore the factors on leaving."""
-    layers = {key: layer for key, layer in _factors({name: pair}).items() if hasattr(layer, "base_layer")}
-    try:
-        with _values_kept(pair):
-            for key, layer in layers.items():
-                try:
-                    layer.merge(safe_merge=True)  # writes a new tensor, so that the kept one has its old values
-                except ValueError as error:
-                    kind = layer.base_layer.weight.dtype
-                    raise NonFiniteError(f"layer '{key}' is not finite merged into {kind}; merge in float32") from error
-            yield
-    finally:
-        for layer in layers.values():
-            layer.merged_adapters.clear()
-
-
-@contextmanager
-def _in_float32(pair: FactoredLayer) -> Iterator[None]:
-    """Hold every parameter of a pair in float32 or better."""
-    with _values_kept(pair):
-        for parameter in pair.parameters():
-            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
-        yield
-
-
-@contextmanager
-def _values_kept(module: nn.Module) -> Iterator[None]:
-    """Give every parameter back the tensor it had."""
-    kept = [(parameter, parameter.data) for parameter in module.parameters()]
-    try:
-        yield
-    finally:
-        for parameter, data in kept:
-            parameter.data = data
-
-
-@contextmanager
-def _in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode, and each of its modules back as it was."""
-    training = [child for child in module.modules() if child.training]
-    try:
-        module.eval()
-        yield
-    finally:
-        for child in training:
-            child.training = True
+def _numbers(pair: FactoredLayer) -> int:
+    """Numbers that a pair stands for: packed ones count each."""
+    factors: list[Any] = [getattr(pair, factor) for factor in FACTORS]
+    packed: int = sum(f.weight.numel() - f.in_features * f.out_features for f in factors if is_quantised(f))
+    return sum(parameter.numel() for parameter in pair.parameters()) - packed
