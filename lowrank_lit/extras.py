@@ -1,0 +1,25 @@
+"""Optional packages: imported where they are used, and missed with the name of the extra that installs them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lowrank_lit.errors import LowRankError
+
+
+def load_bitsandbytes(setting: str) -> Any:
+    """The package ``bitsandbytes``.
+
+    Args:
+        setting: What needs it, as the user wrote it, such as ``optimizer='lion8bit'``; for the error.
+
+    Raises:
+        LowRankError: If it is not installed, or does not load.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise LowRankError(
+            f"{setting} needs bitsandbytes ({error}); install it with: pip install 'lowrank-lit[qlora]'"
+        ) from error
+    return bitsandbytes
