@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lowrank_lit._footprints import kept_parameters
 from lowrank_lit._recipes import recipes_folder
 from lowrank_lit._session import RecipeCLI
-from lowrank_lit._settings import callback_entry
 from lowrank_lit._tables import gibibytes, table
+from lowrank_lit.callbacks._run_shape import measure_config, run_shape, settings_of_run
 from lowrank_lit.errors import ModelError, RecipeError
-from lowrank_lit.estimate import PLACES, STAGES, Item, RunShape, estimate, kept_parameters, measure, totals
+from lowrank_lit.estimate import PLACES, STAGES, Item, estimate, on_host, totals
 from lowrank_lit.settings import Settings
 
-_TWO_SIDED = ("two_sided", "fisher_two_sided")  # their spectra hold the inner vectors too
 # Public configurations that travel with the package, for models too large to fetch only to count their parameters.
-_CARRIED_CONFIGS = {"huggyllama/llama-7b": "llama-7b.json"}
+_CARRIED_CONFIGS = {"huggyllama/llama-7b": "llama-7b.json", "Qwen/Qwen3-8B": "qwen3-8b.json"}
 
 
 def compression_callback(cli: RecipeCLI, recipe: Path) -> Any:
@@ -37,50 +35,53 @@ def compression_callback(cli: RecipeCLI, recipe: Path) -> Any:
     )
 
 
-def dry_run_report(cli: RecipeCLI, settings: dict[str, Any], recipe: Path, config_json: str | None) -> str:
+def dry_run_report(cli: RecipeCLI, config_json: str | None) -> str:
     """What the recipe's model has and a run of it will need, from the configuration alone.
 
     Args:
         cli: The recipe's trainer, model and data; nothing of them is loaded.
-        settings: The recipe's settings.
-        recipe: Its path, for errors.
         config_json: The model's configuration, where it is not to be looked for.
 
     Raises:
         ModelError: If there is no configuration of the model on this machine.
     """
-    from transformers import AutoModelForCausalLM
-
     config, origin = _config(cli.model.source, config_json)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    options = Settings(**compression_callback(cli, recipe).settings())  # what a preset stands for is filled in
-    size = measure(model, options.targets)
-    shape = _shape(cli, settings, options, config)
-    kept = kept_parameters(size, shape.keep_ratio)
+    options = settings_of_run(cli.trainer)  # what a preset stands for is filled in
+    size = measure_config(config, None if options is None else options.targets)
+    weights = cli.model.dtype_in_memory
+    shape = run_shape(cli.trainer, cli.model, cli.datamodule, weights=weights, stored=config.dtype or weights)
+    kept = kept_parameters(size, shape.final_ratio)
     device = cli.trainer.strategy.root_device
-    same = ", which is the host: add the two" if device.type == "cpu" else ""
+    items = estimate(size, shape)
+    same = ", which is the host" if device.type == "cpu" else ""
     lines = [
         f"Configuration: {origin}",
         f"Whole model: {size.parameters:,} parameters; after compression {kept:,} ({kept / size.parameters:.4f})",
         f"Target matrices ({len(size.matrices)}): {size.target_parameters:,} parameters; kept at "
-        f"keep_ratio={shape.keep_ratio}: {int(shape.keep_ratio * size.target_parameters):,}",
+        f"keep_ratio={shape.final_ratio}: {int(shape.final_ratio * size.target_parameters):,}",
         f"Counted for: weights of {shape.weight_bytes} bytes in memory and {shape.storage_bytes} on disk, batches of "
         f"{shape.batch_size} x {shape.block_size} tokens, {shape.calibration_tokens:,} calibration tokens, one process",
-        f"Compression: metric {options.metric}, allocator {options.allocator}, feedback {options.feedback}; "
-        + (
-            "calibration takes forward and backward passes of the whole model on the device"
-            if shape.backward
-            else "calibration takes forward passes, one block at a time on the device"
-        ),
+        *_compression_line(options, backward=shape.backward),
         "",
-        _items_table(estimate(size, shape)),
+        _items_table(on_host(items) if device.type == "cpu" else items),
         "",
         f"Tensors only; Python, libraries and the device's context come on top. The device is {device}{same}.",
     ]
     if not size.shared:
         lines.append("Layers that share an input could not be found; every one counts its own second moment.")
     return "\n".join(lines)
+
+
+def _compression_line(options: Settings | None, *, backward: bool) -> list[str]:
+    if options is None:
+        return []
+    passes = (
+        "forward and backward passes of the whole model on the device"
+        if backward
+        else "forward passes, one block at a time on the device"
+    )
+    made = f"metric {options.metric}, allocator {options.allocator}, feedback {options.feedback}"
+    return [f"Compression: {made}; calibration takes {passes}"]
 
 
 def _items_table(items: Sequence[Item]) -> str:
@@ -93,27 +94,6 @@ def _items_table(items: Sequence[Item]) -> str:
             if len(inside) > 1:
                 rows.append([stage, place, "= total", gibibytes(sums[stage, place])])
     return table(rows)
-
-
-def _shape(cli: RecipeCLI, settings: dict[str, Any], options: Settings, config: Any) -> RunShape:
-    recovery = callback_entry(settings, "RankPreservingLoRA")
-    data = cli.datamodule
-    stored = config.dtype or cli.model.dtype_in_memory
-    return RunShape(
-        keep_ratio=options.keep_ratio,
-        weight_bytes=cli.model.dtype_in_memory.itemsize,
-        storage_bytes=stored.itemsize,
-        batch_size=data.batch_size,
-        block_size=data.block_size,
-        calibration_tokens=data.calibration_blocks * data.block_size,
-        adapter_rank=None if recovery is None else int((recovery.get("init_args") or {}).get("rank", 8)),
-        trained=cli.trainer.max_steps != 0,
-        moments=options.moments,
-        components=str(options.metric) in _TWO_SIDED,
-        measured=bool(options.select),
-        rounds=int(options.rounds or 1),
-        refitted=options.feedback == "anchored",
-    )
 
 
 def _config(source: str | dict[str, Any], config_json: str | None) -> tuple[Any, str]:

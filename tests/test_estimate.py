@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lowrank_lit._recipes import recipes_folder
-from lowrank_lit.calibration import calibrate
-from lowrank_lit.estimate import (
+from lowrank_lit._footprints import (
+    Recovery,
     RunShape,
+    Trained,
     activation_bytes,
     adapter_parameters,
     backward_bytes,
-    estimate,
+    dequantized_bytes,
+    factor_parameters,
     kept_parameters,
-    measure,
+    loss_bytes,
     moment_bytes,
+    optimizer_bytes,
+    refining_bytes,
     statistics_bytes,
-    totals,
-    training_bytes,
+    trained_parameters,
+    training_weight_bytes,
     uniform_rank,
     vector_bytes,
 )
+from lowrank_lit._recipes import recipes_folder
+from lowrank_lit.adapter_config import is_quantised
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.distillation import Predictions, divergence
+from lowrank_lit.estimate import estimate, measure, measured_peaks, on_host, totals, training_items
 from lowrank_lit.gradients import frozen
+from lowrank_lit.layers import FactoredLinear
+from lowrank_lit.masks import factor_fully, mask_layers
+from lowrank_lit.optimizers import build_optimizer
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.recovery import add_adapters
 from lowrank_lit.surgery import apply_plan, count_parameters, dense_weight, find_targets
@@ -55,17 +67,22 @@ def shape(**changes: object) -> RunShape:
     return RunShape(**(settings | changes))  # type: ignore[arg-type]
 
 
-def factored(dtype: torch.dtype) -> nn.Module:
+def factored(dtype: torch.dtype, config: LlamaConfig = CONFIG, keep_ratio: float = 0.6) -> nn.Module:
     """A Llama with every target at the uniform rank."""
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     matrices = tuple(
-        MatrixPlan(name, target.rows, target.columns, "factored", uniform_rank(target.rows, target.columns, 0.6))
+        MatrixPlan(name, target.rows, target.columns, "factored", uniform_rank(target.rows, target.columns, keep_ratio))
         for name, target in find_targets(model).items()
     )
-    apply_plan(model, RankPlan(matrices, 0.6, "input", "uniform"))
+    apply_plan(model, RankPlan(matrices, keep_ratio, "input", "uniform"))
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
     return model.train()
+
+
+def factor_weights(model: nn.Module) -> list[nn.Parameter]:
+    layers = [module for module in model.modules() if isinstance(module, FactoredLinear)]
+    return [factor.weight for layer in layers for factor in (layer.inner, layer.outer)]  # type: ignore[misc]
 
 
 def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
@@ -85,31 +102,63 @@ def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 8), (torch.bfloat16, 8), (torch.float32, None)])
-def test_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int | None) -> None:
-    model = factored(dtype)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "trained"),
+    [(torch.float32, "adapters"), (torch.bfloat16, "adapters"), (torch.float32, "factors"), (torch.float32, "all")],
+)
+def test_activations_are_what_autograd_keeps(dtype: torch.dtype, trained: Trained, checkpointing: bool) -> None:
+    model: Any = factored(dtype)
     size = measure(AutoModelForCausalLM.from_config(CONFIG, dtype=dtype))
-    if rank is not None:
-        add_adapters(model, rank=rank)
-    real = saved_bytes(model, 2, 128) - 2 * 128 * 64 * 4  # the log-softmax is counted with the logits
-    run = shape(weight_bytes=dtype.itemsize, adapter_rank=rank)
-    # Measured: 0.948 and 0.939 with adapters, 0.93 without.
-    assert activation_bytes(size, run) == pytest.approx(real, rel=0.1)
+    if trained == "adapters":
+        add_adapters(model, rank=8)
+    elif trained == "factors":
+        model.requires_grad_(False)
+        for factor in factor_weights(model):
+            factor.requires_grad_()
+    recovery = Recovery(trained, checkpointing=checkpointing)
+    estimated = activation_bytes(size, shape(weight_bytes=dtype.itemsize, recovery=recovery))
+    log_softmax = 2 * 128 * 64 * 4  # is counted with the logits
+    if not checkpointing:
+        # Measured: 0.96 and 0.95 with adapters, 0.96 with factors, 0.93 with all.
+        assert estimated == pytest.approx(saved_bytes(model, 2, 128) - log_softmax, rel=0.1)
+        return
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # What is kept outside of the blocks is the input of each; one block's own comes on top, in the backward pass.
+    between = saved_bytes(model, 2, 128) - log_softmax
+    one = activation_bytes(size, shape(weight_bytes=dtype.itemsize, recovery=Recovery(trained))) // size.blocks
+    # Measured: 0.79, 0.66, 0.79, 0.57: rotary tables and the last norm, not counted, weigh much in a small model.
+    assert estimated - one == pytest.approx(between, rel=0.5)
+    assert estimated < 0.5 * size.blocks * one
 
 
-def test_adapters_and_optimizer_are_counted_exactly() -> None:
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw8bit"])
+def test_adapters_and_optimizer_are_counted_exactly(name: str) -> None:
+    if name != "adamw":
+        pytest.importorskip("bitsandbytes")
     model = factored(torch.float32)
     size = measure(AutoModelForCausalLM.from_config(CONFIG))
+    run = shape(recovery=Recovery(adapter_rank=4, optimizer=name))
     adapters = add_adapters(model, rank=4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    expected = adapter_parameters(size.matrices, 0.6, 4)
+    expected = adapter_parameters(size, run, 4)
     assert adapters.trainable_parameters == sum(p.numel() for p in trained) == expected
-    optimizer = torch.optim.AdamW(trained)
-    model(input_ids=torch.zeros(1, 4, dtype=torch.long)).logits.sum().backward()
+    assert trained_parameters(size, run) == (expected, 4)
+    if name != "adamw":  # small tensors keep 32 bits: one large enough is what the count is of
+        trained = [nn.Parameter(torch.ones(expected))]
+    optimizer = build_optimizer(name, trained, learning_rate=1e-3)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    held = sum(p.grad.nbytes for p in trained if p.grad is not None)
-    held += sum(state[key].nbytes for state in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq"))
-    assert training_bytes(expected, 4) == held
+    states = [value for state in optimizer.state.values() for key, value in state.items() if "qmap" not in key]
+    held = sum(value.nbytes for value in states if isinstance(value, Tensor) and value.ndim)
+    assert optimizer_bytes(name, expected, 4) == held
+
+
+def test_lion_keeps_half_of_adamw() -> None:
+    assert 2 * optimizer_bytes("lion8bit", 1000, 4) == optimizer_bytes("adamw8bit", 1000, 4)
+    assert 2 * optimizer_bytes("paged_lion", 1000, 2) == optimizer_bytes("paged_adamw", 1000, 2) == 8000
+    assert optimizer_bytes("adamw", 1000, 2) == 4000
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -192,12 +241,12 @@ def test_llama_7b_has_its_published_size() -> None:
     assert sums["export", "disk"] == 2 * kept_parameters(size, 0.6)
 
 
-@pytest.mark.parametrize("changes", [{"trained": False}, {"moments": frozenset()}, {"adapter_rank": None}, {}])
+@pytest.mark.parametrize("changes", [{"recovery": None}, {"moments": frozenset()}, {"recovery": Recovery("all")}, {}])
 def test_stages_and_places(changes: dict[str, object]) -> None:
     size = measure(AutoModelForCausalLM.from_config(CONFIG))
     items = estimate(size, shape(**changes))
     assert all(item.bytes > 0 and item.what for item in items)
-    assert any(item.stage == "recover" for item in items) is changes.get("trained", True)
+    assert any(item.stage == "recover" for item in items) is (changes.get("recovery", True) is not None)
     assert any("statistics" in item.what for item in items) is bool(changes.get("moments", True))
     total = totals(items)
     assert sum(total.values()) == sum(item.bytes for item in items)
@@ -206,6 +255,141 @@ def test_stages_and_places(changes: dict[str, object]) -> None:
 def test_more_of_everything_needs_more() -> None:
     size = measure(AutoModelForCausalLM.from_config(CONFIG))
     small = totals(estimate(size, shape()))
-    for change in ({"batch_size": 4}, {"block_size": 256}, {"adapter_rank": 16}):
+    for change in ({"batch_size": 4}, {"block_size": 256}, {"recovery": Recovery(adapter_rank=16)}):
         assert totals(estimate(size, shape(**change)))["recover", "device"] > small["recover", "device"]
     assert totals(estimate(size, shape(keep_ratio=0.8)))["export", "disk"] > small["export", "disk"]
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_weights_while_training_are_those_of_the_model() -> None:
+    size = measure(AutoModelForCausalLM.from_config(CONFIG))
+    model = factored(torch.float32)
+    run = shape(recovery=Recovery("factors"))
+    assert training_weight_bytes(size, run) == tensor_bytes(model)
+    count = sum(weight.numel() for weight in factor_weights(model))
+    assert trained_parameters(size, run) == (count, 4)
+    inner = sum(layer.inner.weight.numel() for layer in model.modules() if isinstance(layer, FactoredLinear))
+    assert trained_parameters(size, shape(recovery=Recovery("factors", sides=("inner",)))) == (inner, 4)
+    assert trained_parameters(size, shape(recovery=Recovery("all"))) == (count_parameters(model), 4)
+    assert training_weight_bytes(size, shape(keep_ratio=1.0)) == 4 * size.parameters
+
+
+@pytest.mark.parametrize("which", ["both", "outer"])
+def test_quantised_weights_are_those_of_the_model(which: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    from lowrank_lit.quantize import WHICH, packed_bytes, quantize_factors
+
+    square = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "num_key_value_heads": 4}
+    config = LlamaConfig(**{**CONFIG.to_dict(), **square, "num_hidden_layers": 1})
+    size = measure(AutoModelForCausalLM.from_config(config))
+    model = factored(torch.bfloat16, config, keep_ratio=0.5)
+    assert {layer.rank for layer in model.modules() if isinstance(layer, FactoredLinear)} == {64}
+    quantize_factors(model, which=which, gauge="none")
+    held = sum(packed_bytes(layer) for layer in model.modules() if isinstance(layer, nn.Linear) and is_quantised(layer))
+    held += sum(parameter.nbytes for parameter in model.parameters() if parameter.is_floating_point())
+    run = shape(weight_bytes=2, keep_ratio=0.5, recovery=Recovery(quantized=WHICH[which]))
+    # Code tables of 256 numbers per factor are left out of the estimate. Measured: 0.92 and 0.98.
+    assert training_weight_bytes(size, run) == pytest.approx(held, rel=0.1)
+    assert dequantized_bytes(size, run) == 64 * 256 * (4 + 2)
+
+
+def test_masked_layers_are_the_whole_factors() -> None:
+    model = tiny_model("llama")
+    size = measure(model)
+    names = list(find_targets(model))
+    factor_fully(model, batches(), names)
+    mask_layers(model, names, min_rank=2)
+    run = shape(keep_ratio=1.0, compressed=False, reallocated=0.5, recovery=Recovery("factors"))
+    assert training_weight_bytes(size, run) == tensor_bytes(model)
+    assert size.target_parameters < sum(factor_parameters(size, run).values()) <= 2 * size.target_parameters
+    sums = totals(estimate(size, run))
+    assert ("calibrate", "device") not in sums
+    assert sums["reallocate", "host"] > 4 * sum(factor_parameters(size, run).values())
+    assert sums["export", "disk"] == 4 * kept_parameters(size, 0.5)
+
+
+def peak_of(step: Any) -> int:
+    """Largest sum of what PyTorch holds on the CPU in ``step``, above what it holds before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    now = largest = 0
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        largest = max(largest, now)
+    return largest
+
+
+def test_loss_of_a_distillation_is_what_it_takes() -> None:
+    tokens, vocabulary = 64, 2048
+    student = torch.randn(1, tokens, vocabulary, requires_grad=True)
+    counted = torch.ones(1, tokens, dtype=torch.bool)
+
+    def step() -> None:
+        logits = student * 1.0
+        said = Predictions(torch.log_softmax(torch.randn(1, tokens, vocabulary), -1))
+        divergence(logits, said, counted).backward()
+
+    step()
+    config = LlamaConfig(**{**CONFIG.to_dict(), "vocab_size": vocabulary})
+    size = measure(AutoModelForCausalLM.from_config(config))
+    run = shape(batch_size=1, block_size=tokens, recovery=Recovery(teacher="memory"))
+    # Measured: 1.14.
+    assert loss_bytes(size, run) == pytest.approx(peak_of(step), rel=0.25)
+    assert loss_bytes(size, shape(recovery=Recovery(teacher="memory", mixed=True))) > loss_bytes(size, run)
+
+
+def test_teacher_and_what_is_kept_for_it() -> None:
+    size = measure(AutoModelForCausalLM.from_config(CONFIG))
+
+    def rows(**settings: Any) -> dict[tuple[str, str], int]:
+        items = estimate(size, shape(recovery=Recovery(**settings)))
+        return {(item.place, item.what): item.bytes for item in items if item.stage == "recover"}
+
+    assert rows(teacher="memory")["device", "weights of the teacher"] == 4 * size.parameters
+    assert not any("teacher" in what for _, what in rows())
+    cached = rows(teacher="cached", cached_tokens=1000)
+    assert cached["disk", "predictions of the teacher, at most"] == 1000 * 4 * 64
+    cached = rows(teacher="cached", top_k=8)
+    assert cached["disk", "predictions of the teacher, of each sequence of the training text"] == 128 * 8 * 8
+    name = "LoRA of rank 8 on both factors, float32"
+    paged = rows(optimizer="paged_adamw")
+    trained = adapter_parameters(size, shape(), 8)
+    assert paged["host", f"{name}: state of paged_adamw, in pages that the driver moves"] == 8 * trained
+    assert rows(keeps_best=True)["host", f"{name}: best state so far"] == 4 * trained
+
+
+def test_refinement_holds_both_models() -> None:
+    size = measure(AutoModelForCausalLM.from_config(CONFIG))
+    run = shape(refined=True, weight_bytes=2)
+    sums = totals(estimate(size, run))
+    hidden = 3 * 1024 * 64 * 2
+    assert sums["refine", "host"] == 2 * size.parameters + training_weight_bytes(size, run) + hidden
+    assert sums["refine", "device"] > refining_bytes(size, run) + 16 * sum(factor_parameters(size, run).values()) // 4
+    assert sums["refine", "device"] < sums["refine", "host"] + refining_bytes(size, run)
+
+
+def test_one_memory_holds_a_copy_once() -> None:
+    size = measure(AutoModelForCausalLM.from_config(CONFIG))
+    items = estimate(size, shape(moments=frozenset({"input", "gradient"})))
+    apart, one = totals(items), totals(on_host(items))
+    copied = statistics_bytes(size, frozenset({"input", "gradient"}))
+    together = apart["calibrate", "device"] + apart["calibrate", "host"]
+    assert one["calibrate", "host"] == together - copied
+    assert not any(place == "device" for _, place in one)
+    assert measured_peaks(on_host(items))["compress", "host"] == max(
+        one[stage, "host"] for stage in ("calibrate", "factor")
+    )
+
+
+def test_training_of_any_module() -> None:
+    module = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    module[0].weight.requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    found = training_items(module.parameters(), module.buffers(), [optimizer])
+    assert [item.bytes for item in found] == [4 * (32 + 4 + 8 + 8) + 8, 4 * 12, 2 * 4 * 12]
+    assert len(training_items(module.parameters(), [], [torch.optim.SGD(trained)])) == 2
