@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.cache import kept_record, load_compression, save_compression
+from lowrank_lit.callbacks._shared import calibration_text, callbacks_of
 from lowrank_lit.collection import require_finite_weights
 from lowrank_lit.compress import CompressionResult, compress, fingerprint
-from lowrank_lit.errors import DataError, ExportError, PlanError
+from lowrank_lit.errors import ExportError, PlanError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
@@ -166,7 +168,7 @@ class LowRankCompression(pl.Callback):
         require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
         identity = fingerprint(model, batches, self._settings)
         _refuse_checkpoint(trainer.ckpt_path, identity)
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in callbacks_of(trainer):
             if isinstance(callback, ChecksFolder):
                 callback.check(trainer, identity)
         # Weights that are bfloat16 on disk may be float32 while they are trained: the type of the files counts.
@@ -189,14 +191,7 @@ class LowRankCompression(pl.Callback):
             raise PlanError(_OTHER_PLAN)
 
     def _batches(self, trainer: pl.Trainer) -> Sequence[Any]:
-        if self.batches is not None:
-            return list(self.batches)
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        if not hasattr(datamodule, "calibration_batches"):
-            raise DataError(
-                "LowRankCompression has no calibration text: pass batches=..., or fit with a TextDataModule"
-            )
-        return list(datamodule.calibration_batches())
+        return calibration_text(trainer, "LowRankCompression", self.batches)
 
     def _compress(
         self, trainer: pl.Trainer, model: nn.Module, batches: Sequence[Any], identity: str
@@ -209,7 +204,8 @@ class LowRankCompression(pl.Callback):
         dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else measure(trainer, model)
         result = load_compression(root / "compressed", model, identity)
         if result is None:
-            result = compress(model, batches, device=trainer.strategy.root_device, **self.settings())
+            with memory_stage("compress"):
+                result = compress(model, batches, device=trainer.strategy.root_device, **self.settings())
         else:
             trainer.print(f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
             result.record["from_cache"] = True  # its seconds are those of the run that computed it
@@ -247,9 +243,10 @@ def measure(trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]
     if evaluation_hash(trainer) is None or head is None or head() is None:
         return None, 0.0
     started = time.perf_counter()
-    value = perplexity(
-        model, datamodule.evaluation("test"), batch_size=datamodule.batch_size, device=trainer.strategy.root_device
-    )
+    with memory_stage("evaluate"):
+        value = perplexity(
+            model, datamodule.evaluation("test"), batch_size=datamodule.batch_size, device=trainer.strategy.root_device
+        )
     return value, time.perf_counter() - started
 
 
@@ -271,11 +268,12 @@ def _check_ranks(plan: RankPlan, model: nn.Module, weights: Mapping[str, Tensor]
     own = model.state_dict()
     for matrix in plan.matrices:
         stored, expected = _layout(weights, f"{prefix}{matrix.name}"), _layout(own, matrix.name)
-        if stored is not None and stored != expected:
-            raise PlanError(f"'{matrix.name}' is {tuple(stored)} and not {tuple(expected or ())}: {_OTHER_PLAN}")
+        if stored is not None and expected is not None and stored != expected:
+            raise PlanError(f"'{matrix.name}' is {tuple(stored)} and not {tuple(expected)}: {_OTHER_PLAN}")
 
 
 def _layout(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
     """Shape of a matrix, or of its inner factor where it is factored, with or without an adapter."""
     found = (weights.get(f"{name}.{key}") for key in ("weight", "inner.weight", "inner.base_layer.weight"))
-    return next((value.shape for value in found if value is not None), None)
+    # What is in 4 bits is packed: its shape says nothing.
+    return next((value.shape for value in found if value is not None and value.is_floating_point()), None)

@@ -11,9 +11,11 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lowrank_lit.callbacks._shared import find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.errors import ExportError, ModelError
 from lowrank_lit.hub import LowRankConfig, export, refuse_foreign
+from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
 
@@ -68,7 +70,8 @@ class ExportOnFitEnd(pl.Callback):
         if stage != "fit":
             return
         pl_module.configure_model()
-        if _compression(trainer) is None:  # which asks for the check itself, once it knows the fingerprint
+        # A compression asks for the check itself, once it knows the fingerprint.
+        if find_callback(trainer, LowRankCompression) is None:
             self.check(trainer, _own_fingerprint(pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,12 +82,13 @@ class ExportOnFitEnd(pl.Callback):
         if stored is not None:
             round_weights(model, stored)
         if trainer.is_global_zero:
-            compression = _compression(trainer)
+            compression = find_callback(trainer, LowRankCompression)
             result = None if compression is None else compression.result
             plan = _plan_of(pl_module, model) if result is None else result.plan
             fingerprint = _own_fingerprint(pl_module) if result is None else None
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
+            with memory_stage("export"):
+                export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
 
     def _stored_dtype(self, pl_module: pl.LightningModule) -> torch.dtype | None:
         chosen = getattr(pl_module, "storage_dtype", None) if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -140,11 +144,6 @@ def _plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
         return loaded
     stored = getattr(model.config, "quantization_config", None)
     return stored.rank_plan() if isinstance(stored, LowRankConfig) else None
-
-
-def _compression(trainer: pl.Trainer) -> LowRankCompression | None:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, LowRankCompression)), None)
 
 
 def _own_fingerprint(pl_module: pl.LightningModule) -> str:

@@ -11,8 +11,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lowrank_lit.callbacks._shared import find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression, evaluation_hash, measure
 from lowrank_lit.callbacks.export import refuse_sharded
+from lowrank_lit.callbacks.memory import MemoryReport
 from lowrank_lit.callbacks.recovery import RankPreservingLoRA
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import ExportError
@@ -21,6 +23,8 @@ from lowrank_lit.module import model_of
 from lowrank_lit.report import assemble, plot_ranks, prediction, summary_table, write_record
 
 _SPLIT = "test"  # where LowRankCompression measures too; another one would compare perplexities of two texts
+
+_QUANTISED = ("settings", "parameters", "bytes", "bits_per_weight", "largest_product_error", "error_law", "unquantized")
 
 
 class RankReport(pl.Callback):
@@ -63,8 +67,10 @@ class RankReport(pl.Callback):
             return
         refuse_sharded(trainer, "RankReport")
         self._started, self._recover = _start_of(trainer, self), None
-        if _find(trainer, LowRankCompression) is None:
+        if find_callback(trainer, LowRankCompression) is None:
             rank_zero_warn("RankReport has nothing to report: there is no LowRankCompression among the callbacks")
+        if (memory := find_callback(trainer, MemoryReport)) is not None:
+            memory.report_elsewhere()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the compression measured."""
@@ -81,15 +87,18 @@ class RankReport(pl.Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Measure the recovered model, which is merged, rounded and exported by now, and report."""
-        result = _result(trainer)
-        if stage != "fit" or result is None or not trainer.is_global_zero:
+        if stage != "fit":
             return
-        recovered = self._recovered(trainer, pl_module)
-        self.record = self._assemble(trainer, recovered) | {"complete": True}
-        self._write(trainer, self.record)
-        plot_ranks(result.plan, self._folder(trainer) / "ranks.png")
-        _show(self.record, self._folder(trainer))
-        _log(trainer, self.record)
+        result, memory = _result(trainer), find_callback(trainer, MemoryReport)
+        if result is not None and trainer.is_global_zero:
+            recovered = self._recovered(trainer, pl_module)
+            self.record = self._assemble(trainer, recovered) | {"complete": True}
+            self._write(trainer, self.record)
+            plot_ranks(result.plan, self._folder(trainer) / "ranks.png")
+            _show(self.record, self._folder(trainer))
+            _log(trainer, self.record)
+        if memory is not None:
+            memory.finish(trainer)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
@@ -109,8 +118,10 @@ class RankReport(pl.Callback):
         before = result.record
         value, seconds = recovered
         device = trainer.strategy.root_device
-        tuning = _find(trainer, RankPreservingLoRA)
-        merged = tuning.record if isinstance(tuning, RankPreservingLoRA) else None
+        tuning = find_callback(trainer, RankPreservingLoRA)
+        merged = None if tuning is None else tuning.record
+        quantised = None if tuning is None else tuning.quantization
+        memory = find_callback(trainer, MemoryReport)
         trained = trainer.global_step > 0
         now = {
             "perplexity": {"recovered": value, "protocol": _protocol(trainer)},
@@ -120,8 +131,10 @@ class RankReport(pl.Callback):
                 "evaluate": before["seconds"].get("evaluate", 0.0) + seconds,
                 "total": time.perf_counter() - self._started,
             },
-            "peak_memory_bytes": peak_memory_bytes(device),
+            # PyTorch's own peak is reset where the stages of a MemoryReport begin.
+            "peak_memory_bytes": max(peak_memory_bytes(device), 0 if memory is None else memory.largest),
             "peak_memory_counts": "CUDA tensors" if device.type == "cuda" else "the process, largest resident size",
+            "memory": None if memory is None else memory.record(),
             "fingerprint": result.plan.fingerprint,
             "data_hash": {
                 "calibration": before["calibration"]["hash"],
@@ -133,20 +146,16 @@ class RankReport(pl.Callback):
                 "pivot": sum(matrix.form == "pivot" for matrix in result.plan.matrices),
             },
             "recovery": None if merged is None else {**merged.to_dict(), "steps": trainer.global_step},
+            "quantization": quantised and {key: quantised[key] for key in _QUANTISED},
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
             "config": _config(trainer),
         }
         return assemble(before, now)
 
 
-def _find(trainer: pl.Trainer, kind: type[pl.Callback]) -> pl.Callback | None:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
-
-
 def _result(trainer: pl.Trainer) -> CompressionResult | None:
-    compression = _find(trainer, LowRankCompression)
-    return compression.result if isinstance(compression, LowRankCompression) else None
+    compression = find_callback(trainer, LowRankCompression)
+    return None if compression is None else compression.result
 
 
 def _start_of(trainer: pl.Trainer, report: RankReport) -> float:
@@ -170,10 +179,10 @@ def _protocol(trainer: pl.Trainer) -> str | None:
 
 def _config(trainer: pl.Trainer) -> dict[str, Any]:
     """The command line's whole configuration, or the compression's settings where there was no command line."""
-    saved = _find(trainer, SaveConfigCallback)
+    saved = find_callback(trainer, SaveConfigCallback)
     if isinstance(saved, SaveConfigCallback):
         return dict(saved.config.as_dict())
-    compression = _find(trainer, LowRankCompression)
+    compression = find_callback(trainer, LowRankCompression)
     return compression.settings() if isinstance(compression, LowRankCompression) else {}
 
 

@@ -26,6 +26,11 @@ _LAZY = {
     "add_adapters": "lowrank_lit.recovery",
     "export": "lowrank_lit.hub",
     "load": "lowrank_lit.hub",
+    "quantize_factors": "lowrank_lit.quantize",
+    "refine_blocks": "lowrank_lit.refinement",
+    "unmerge": "lowrank_lit.unmerging",
+    "dequantize_model": "lowrank_lit.quantize",
+    "requantize_factors": "lowrank_lit.quantize",
     "callbacks": "",
     "recipes": "",
 }
@@ -42,10 +47,15 @@ __all__ = [
     "__version__",
     "add_adapters",
     "compress",
+    "dequantize_model",
     "export",
     "load",
     "perplexity",
     "plan_ranks",
+    "quantize_factors",
+    "refine_blocks",
+    "requantize_factors",
+    "unmerge",
 ]
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lowrank_lit._settings import one_line, short
+from lowrank_lit._settings import callback_entry, one_line, short
+from lowrank_lit.callbacks.memory import MemoryReport
+from lowrank_lit.callbacks.resume import ExactResume
 from lowrank_lit.data import TextDataModule
 from lowrank_lit.errors import LowRankError, RecipeError
 from lowrank_lit.module import LowRankModule
@@ -42,10 +44,13 @@ class RecipeCLI(LightningCLI):
                 "description": "Runs a recipe; every setting of it can be overridden.",
                 "epilog": _EPILOG,
             },
+            trainer_defaults={} if callback_entry(settings, "ExactResume") else {"callbacks": [ExactResume()]},
             args=["--config", json.dumps(settings, ensure_ascii=False), *flags],
             run=False,
             auto_configure_optimizers=False,
         )
+        if not callback_entry(settings, "MemoryReport"):
+            self.trainer.callbacks.insert(0, MemoryReport())  # type: ignore[attr-defined]  # before all others
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what belongs to the run and to none of its three parts."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lowrank_lit._checkpoints import newest_checkpoint, resolve_checkpoint
 from lowrank_lit._dry_run import compression_callback, dry_run_report
 from lowrank_lit._prediction import predicted_plan, show_prediction
 from lowrank_lit._scripts import clash
@@ -21,6 +22,10 @@ from lowrank_lit._tables import gibibytes, table
 from lowrank_lit.errors import ExportError, RecipeError
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.settings import Settings
+
+_RESOLVED_BY_LIGHTNING = ("best", "hpc")  # of --ckpt_path
+# Callbacks of the recovery: a compression alone does without them.
+_RECOVERY = ("RankPreservingLoRA", "FactorTuning", "Refinement", "RankReallocation")
 
 
 def run(recipe: Path | None, overrides: Sequence[Override], flags: Sequence[str]) -> int:
@@ -38,7 +43,8 @@ def run(recipe: Path | None, overrides: Sequence[Override], flags: Sequence[str]
 def compress(recipe: Path, overrides: Sequence[Override], flags: Sequence[str]) -> int:
     """The recipe without recovery."""
     settings = read_settings(recipe, overrides)
-    drop_callback(settings, "RankPreservingLoRA")
+    for name in _RECOVERY:
+        drop_callback(settings, name)
     # Setup and the end of the fit run their hooks; no batch is drawn, so a recipe needs no training text for it.
     settings["trainer"].update(max_steps=0, limit_train_batches=0, num_sanity_val_steps=0)
     if not _answered(settings, flags):
@@ -95,11 +101,11 @@ def export(
     from lowrank_lit.module import load_checkpoint
 
     settings = read_settings(recipe, overrides)
-    checkpoint = Path(ckpt_path) if ckpt_path else _newest_checkpoint(settings)
-    if not checkpoint.is_file():
-        raise RecipeError(f"checkpoint '{checkpoint}' does not exist; give --ckpt_path FILE")
     folder = Path(path) if path else _export_folder(settings)
     cli = build(recipe, settings, flags)
+    checkpoint = Path(ckpt_path) if ckpt_path else newest_checkpoint(cli.trainer)
+    if not checkpoint.is_file():
+        raise RecipeError(f"checkpoint '{checkpoint}' does not exist; give --ckpt_path FILE")
     load_checkpoint(cli.model, checkpoint)
     plan = getattr(cli.model, "plan", None)
     dtype = cli.model.storage_dtype
@@ -121,7 +127,7 @@ def plan(
     settings = read_settings(recipe, overrides)
     cli = build(recipe, settings, flags)
     if dry_run:
-        print(dry_run_report(cli, settings, recipe, config_json))
+        print(dry_run_report(cli, config_json))
         return 0
     compression = compression_callback(cli, recipe)
     cli.datamodule.prepare_data()
@@ -205,10 +211,16 @@ def _answered(settings: dict[str, Any], flags: Sequence[str]) -> bool:
 
 
 def _fit(cli: RecipeCLI) -> None:
-    checkpoint = cli.config.get("ckpt_path")
-    resume: dict[str, Any] = {"ckpt_path": checkpoint} if checkpoint else {}
-    # A checkpoint is data: nothing in it is run. Older releases of Lightning have no such argument.
-    if checkpoint and "weights_only" in inspect.signature(cli.trainer.fit).parameters:
+    wanted = cli.config.get("ckpt_path")
+    resume: dict[str, Any] = {}
+    if wanted in _RESOLVED_BY_LIGHTNING:
+        resume["ckpt_path"] = wanted
+    elif wanted:
+        # Set here and not passed on, so that callbacks know it in `setup`, before anything is computed.
+        cli.trainer.ckpt_path = str(resolve_checkpoint(cli.trainer, wanted))
+    # A checkpoint is data: nothing in it is run. Older releases of Lightning have no such argument. DeepSpeed reads its
+    # own shards, which are pickles: a folder of these is to be trusted before it is resumed from.
+    if wanted and "weights_only" in inspect.signature(cli.trainer.fit).parameters:
         resume["weights_only"] = True
     cli.trainer.fit(cli.model, datamodule=cli.datamodule, **resume)
 
@@ -222,18 +234,6 @@ def _export_folder(settings: dict[str, Any]) -> Path:
     entry = callback_entry(settings, "ExportOnFitEnd") or {}
     chosen = (entry.get("init_args") or {}).get("dirpath")
     return Path(chosen) if chosen else _root(settings) / "model"
-
-
-def _newest_checkpoint(settings: dict[str, Any]) -> Path:
-    """``last.ckpt``, else the newest checkpoint, in the folders that the recipe's run writes."""
-    entry = callback_entry(settings, "ModelCheckpoint") or {}
-    chosen = (entry.get("init_args") or {}).get("dirpath")
-    folder = Path(chosen) if chosen else _root(settings)
-    found = sorted(folder.rglob("*.ckpt"), key=lambda file: (file.stat().st_mtime, file.name))
-    last = [file for file in found if file.stem.startswith("last")]
-    if not found:
-        raise RecipeError(f"no checkpoint below '{folder}'; run the recipe first, or give --ckpt_path FILE")
-    return (last or found)[-1]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -104,6 +104,9 @@ REFUSED = [
     (["--LowRankCompresion.keep_ratio=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
     (["--LowRankCompression.keep_ration=0.8"], "did you mean '--LowRankCompression.keep_ratio'?"),
     (["--LowRankCompression.keep_ratio=much"], "LowRankCompression.keep_ratio='much' is refused: expected float"),
+    (["--LowRankCompression.keep_ratio=much"], ".yaml with the options given: LowRankCompression"),
+    (["--keep_ratio=0.8"], "unknown option '--keep_ratio'; did you mean '--LowRankCompression.keep_ratio'?"),
+    (["--batch_size=2"], "unknown option '--batch_size'; did you mean '--data.batch_size'?"),
     (["--LowRankCompression.keep_ratio=1.5"], ".yaml: keep_ratio=1.5 is outside (0, 1]; it is the share of"),
     (["--LowRankCompression.targets=[*.nothing]"], "'*.nothing'"),
     (["--LowRankCompression.metric=inpt"], "metric='inpt' is unknown"),
@@ -174,7 +177,7 @@ def test_help_without_a_recipe(run: Run) -> None:
     code, out, _ = run("run", "--help")
     assert code == 0
     assert "--model.learning_rate" in out
-    assert "Peak learning rate of AdamW" in out, "help carries the docstrings"
+    assert "Peak learning rate" in out, "help carries the docstrings"
     code, out, _ = run("plan", "--help")
     assert code == 0
     assert "--dry-run" in out

@@ -1,0 +1,43 @@
+"""What several callbacks ask a trainer for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+
+from lowrank_lit.errors import DataError
+
+_Kind = TypeVar("_Kind", bound=pl.Callback)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """All callbacks, in the order in which they are called."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
+def find_callback(trainer: pl.Trainer, kind: type[_Kind]) -> _Kind | None:
+    """The first callback of a class or a child of it, ``None`` without one."""
+    return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def calibration_text(trainer: pl.Trainer, user: str, *given: Sequence[Any] | None) -> list[Any]:
+    """Calibration batches: the first that are ``given``, else the datamodule's ``calibration_batches()``.
+
+    Args:
+        trainer: Of the fit.
+        user: Name of the callback that needs them, for errors.
+        given: Where they may have been passed to a callback.
+
+    Raises:
+        DataError: If there are none.
+    """
+    for batches in given:
+        if batches is not None:
+            return list(batches)
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    if not hasattr(datamodule, "calibration_batches"):
+        raise DataError(f"{user} has no calibration text: pass batches=..., or fit with a TextDataModule")
+    return list(datamodule.calibration_batches())
