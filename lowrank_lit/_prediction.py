@@ -94,14 +94,20 @@ def show_prediction(planned: PredictedPlan, folder: Path) -> list[Path]:
     rows = [["keep ratio", "predicted nats", "perplexity x", ""]]
     for ratio, nats in planned.points:
         if ratio == own or ratio in RATIOS[::2] or ratio == RATIOS[-1]:
-            rows.append([f"{ratio:g}", f"{nats:.4f}", f"{_factor(nats):.4f}", "<- the recipe" if ratio == own else ""])
+            mark = "<- the recipe's ratio" if ratio == own else ""
+            rows.append([f"{ratio:g}", f"{nats:.4f}", f"{_factor(nats):.4f}", mark])
     print()
     print("Predicted rise of the loss per token (an estimate: statistics of the dense model, knapsack ranks)")
     print(table(rows))
     if planned.plan.predicted_nats is not None:
         nats = planned.plan.predicted_nats
         basis = f"{planned.basis}, {planned.plan.allocator} ranks"
-        print(f"Predicted for this plan ({basis}): {nats:.4f} nats, perplexity x {_factor(nats):.4f}.")
+        print(f"Predicted for the plan above ({basis}): {nats:.4f} nats, perplexity x {_factor(nats):.4f}.")
+        if not math.isclose(dict(planned.points).get(own, nats), nats, rel_tol=1e-3):
+            print(
+                "The two figures for the recipe's keep ratio are of different plans: the curve's of knapsack ranks "
+                "from the dense model's statistics, the last one of the ranks that are listed."
+            )
     content = {
         "kind": "estimate from second moments of the calibration text",
         "metric": planned.metric,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import sys
 from collections.abc import Hashable, Iterable
 from importlib import resources
 from pathlib import Path
@@ -47,6 +48,8 @@ def find_recipe(name: str) -> Path:
         return Path(name).expanduser()
     found = carried(name)
     if found is not None:
+        if found.stem != name:  # it reads like a path, and there is no such file
+            print(f"recipe '{name}' is no file here; taking the package's own, {found}", file=sys.stderr)
         return found
     known = list(carried_recipes())
     close = nearest(Path(name).stem, known)

@@ -52,11 +52,12 @@ def read_settings(path: Path, overrides: Iterable[Override]) -> dict[str, Any]:
     """
     settings = load_recipe(path)
     known = _known_settings()
+    given = list(overrides)
     _normalise_callbacks(settings)
-    for name, text in overrides:
+    for name, text in given:
         _apply(settings, name, text, known)
         _normalise_callbacks(settings)
-    _check_group(settings, "", known, str(path))
+    _check_group(settings, "", known, f"{path} with the options given" if given else str(path))
     return settings
 
 
@@ -258,6 +259,9 @@ def _apply_to_callback(settings: dict[str, Any], name: str, parts: list[str], te
             close = nearest(parts[0], present)
             hint = f"did you mean '--{'.'.join([close, *parts[1:]])}'? ({has})" if close else has
             raise RecipeError(f"option '--{name}': no callback '{parts[0]}'; {hint}")
+        meant = [f"'--{key}'" for key in _ending_in(settings, name.removesuffix("+"), known)]
+        if meant:
+            raise RecipeError(f"unknown option '--{name}'; did you mean {' or '.join(meant)}?")
         raise _unknown("", "option", name, known | _groups_of(known), "--")
     if present.count(parts[0]) > 1:
         raise RecipeError(
@@ -277,6 +281,16 @@ def _apply_to_callback(settings: dict[str, Any], name: str, parts: list[str], te
         raise RecipeError(f"unknown option '--{name}'; {hint}")
     value = _value(text, _hints(cls).get(parts[1]) if len(parts) == 2 else None)
     _set(entry, ["init_args", parts[1]], parts[2:], value, append=name.endswith("+"))
+
+
+def _ending_in(settings: dict[str, Any], argument: str, known: set[str]) -> list[str]:
+    """Settings and arguments of the recipe's callbacks that are called ``argument`` in their own group."""
+    found = {name for name in known if name.rpartition(".")[2] == argument}
+    for entry in settings.get("trainer", {}).get("callbacks") or []:
+        name = _short_name(entry)
+        if argument in _arguments_of(_import_class(entry["class_path"], name), name)[1]:
+            found.add(f"{name}.{argument}")
+    return sorted(found)
 
 
 def _set(settings: dict[str, Any], home: list[str], below: list[str], value: Any, *, append: bool) -> None:

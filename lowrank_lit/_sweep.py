@@ -156,7 +156,11 @@ def _settings_in_words(common: Mapping[str, Any]) -> str:
         value = common[name]
         shown = "all" if value is None else ", ".join(value) if isinstance(value, list) else str(value).lower()
         parts.append(f"{name} {shown}")
-    return f"Common settings: {'; '.join(parts)}. The allocator zero_sum takes labels of the text in any case."
+    return (
+        f"Common settings: {'; '.join(parts)}. The allocator zero_sum takes labels of the text in any case.\n"
+        "The presets best and fast measure candidate plans (select true); rows of a metric and an allocator by name "
+        "do not (select false)."
+    )
 
 
 def _progress(total: int) -> Callable[[dict[str, Any]], None]:

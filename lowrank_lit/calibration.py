@@ -7,7 +7,6 @@ model whose blocks are no chain, or with targets outside of them, runs whole ins
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_lit.errors import DataError
+from lowrank_lit.errors import DataError, warn_caller
 from lowrank_lit.gradients import (
     GradientCollector,
     Loss,
@@ -52,6 +51,9 @@ from lowrank_lit.streaming import (
     to_device,
 )
 
+PARTS = 5
+"""Batches that a single one is split into, so that a fifth of the sequences can be held out."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -83,8 +85,10 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
     Raises:
         DataError: If there is none, one has another form, or a batch holds no tokens.
     """
-    if not isinstance(batches, Iterable):
-        raise DataError(f"batches is a {type(batches).__name__}; give a list of calibration batches")
+    single = isinstance(batches, Mapping) or (isinstance(batches, Tensor) and batches.ndim < 3)
+    if single or not isinstance(batches, Iterable):
+        hint = ", such as [batches]" if single else ""
+        raise DataError(f"batches is a {type(batches).__name__}; give a list of calibration batches{hint}")
     result = []
     for number, batch in enumerate(batches):
         if isinstance(batch, (tuple, list)) and batch:
@@ -105,8 +109,26 @@ def as_batches(batches: Sequence[Any] | Any) -> list[dict[str, Tensor]]:
     return result
 
 
+def split_single(batches: Sequence[Batch]) -> Sequence[Batch]:
+    """A single batch as up to :data:`PARTS`, by its sequences; several batches as they are."""
+    batch = batches[0]
+    sizes = {len(value) if value.ndim else 0 for value in batch.values()}
+    count = min(PARTS, *sizes)
+    if len(batches) > 1 or len(sizes) > 1 or count < 2:  # of several sizes, one is shared by all sequences
+        return batches
+    pieces = zip(*(value.tensor_split(count) for value in batch.values()), strict=True)
+    parts: list[Batch] = [dict(zip(batch, values, strict=True)) for values in pieces]
+    return parts if all(count_tokens(part) for part in parts) else batches
+
+
 def _check_shapes(number: int, batch: Mapping[str, Tensor]) -> None:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    first = batch.get(POSITIONAL)
+    if first is not None and first.ndim < 2:
+        raise DataError(
+            f"calibration batch {number} is a tensor of shape {tuple(first.shape)}; give token ids (batch, length) or "
+            "features (batch, ..., columns)"
+        )
     if ids is not None and (ids.ndim != 2 or ids.is_floating_point()):
         raise DataError(
             f"calibration batch {number}: input_ids of shape {tuple(ids.shape)} and type {ids.dtype}; give whole "
@@ -369,14 +391,26 @@ def _run_blocks(
                     call.step(block, index, place)
 
 
-def warn_if_short(tokens: int, widest: int, name: str) -> tuple[str, ...]:
-    """A warning, also returned as a note, where the calibration text cannot give second moments of full rank."""
-    if tokens >= widest:
+def check_tokens(tokens: int, widest: int, name: str, least: int) -> tuple[str, ...]:
+    """A warning, also returned as a note, where the calibration text is short for the second moment of a layer.
+
+    Args:
+        tokens: Of the text.
+        widest: Inputs of the layer.
+        name: Of the layer.
+        least: Least rank that a matrix may get. The moments of fewer tokens have a lower rank than what is kept, so
+            that the damping alone would choose the rest.
+
+    Raises:
+        DataError: If there are fewer than ``least``.
+    """
+    enough = 4 * widest
+    remedy = f"give at least {enough} tokens: more batches or longer ones (in a recipe data.calibration_blocks)"
+    if tokens < least:
+        raise DataError(f"calibration has {tokens} tokens, fewer than min_rank={least}; {remedy}")
+    if tokens >= enough:
         return ()
-    note = (
-        f"calibration has {tokens} tokens, fewer than the width {widest} of layer '{name}', so that its second moment "
-        f"is rank-deficient: give at least {widest} tokens (better {4 * widest}) through calibration_blocks or "
-        "longer text"
-    )
-    warnings.warn(note, stacklevel=3)
+    lack = "rank-deficient" if tokens < widest else "noisy"
+    note = f"calibration has {tokens} tokens, so that the moment of the {widest} inputs of '{name}' is {lack}; {remedy}"
+    warn_caller(note)
     return (note,)

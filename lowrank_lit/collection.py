@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit.allocation import MatrixSpec
-from lowrank_lit.calibration import Calibration, as_batches, calibrate, warn_if_short
-from lowrank_lit.errors import DataError, GradientError, ModelError, reason_of
+from lowrank_lit.calibration import Calibration, as_batches, calibrate, check_tokens, split_single
+from lowrank_lit.errors import DataError, GradientError, ModelError, reason_of, warn_caller
 from lowrank_lit.evidence import component_changes, places_of, specs_of
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
 from lowrank_lit.layers import FactoredLayer
@@ -26,10 +26,11 @@ from lowrank_lit.linalg import require_finite
 from lowrank_lit.metrics import moments_of
 from lowrank_lit.probes import divergences, loss_tables
 from lowrank_lit.refit import anchored_refit, substituted
+from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
 from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics
-from lowrank_lit.streaming import POSITIONAL, Batch, moved
+from lowrank_lit.streaming import POSITIONAL, Batch, each_in_one_block, moved
 from lowrank_lit.surgery import Target, dense_weight, find_targets
 
 
@@ -98,7 +99,7 @@ class Collection:
     ) -> None:
         self.model = model
         _check_model(model)
-        self.batches = as_batches(batches)
+        self.batches = split_single(as_batches(batches))
         _check_ids(model, self.batches)
         self.targets: dict[str, Target] = find_targets(model, targets)
         self.device = device if device is None else usable_device(device)
@@ -143,9 +144,12 @@ class Collection:
             The settings as used, the evidence, and notes.
 
         Raises:
+            DataError: If there are fewer tokens than the rank floor.
             GradientError: If the allocator cannot do without gradients.
         """
         notes: tuple[str, ...] = ()
+        if "first_order" in settings.needs:  # whatever labels were asked for
+            notes = (f"labels='text' is used, for allocator='{settings.allocator}' needs gradients of the text itself",)
         try:
             evidence = self.dense(settings)
         except GradientError as error:
@@ -156,16 +160,16 @@ class Collection:
                     "as knapsack"
                 ) from error
             if moments_of(str(settings.metric)) & BACKWARD_MOMENTS:
-                notes = (f"no gradients: {reason}; metric='input' is used instead of '{settings.metric}'",)
+                notes += (f"no gradients: {reason}; metric='input' is used instead of '{settings.metric}'",)
                 settings = replace(settings, metric="input", labels="none")
             else:
-                notes = (f"no gradients: {reason}; ranks are shared out by energy x module importance",)
+                notes += (f"no gradients: {reason}; ranks are shared out by energy x module importance",)
                 settings = replace(settings, labels="none")
             evidence = self.dense(settings)
         notes += evidence.calibration.notes
         if evidence.calibration.statistics:
             widest = max(self.targets.values(), key=lambda target: target.columns)
-            notes += warn_if_short(evidence.calibration.tokens, widest.columns, widest.name)
+            notes += check_tokens(evidence.calibration.tokens, widest.columns, widest.name, settings.min_rank)
         return settings, evidence, notes
 
     def recollected(self, settings: Settings, weights: Mapping[str, Tensor], path: float) -> Evidence:
@@ -220,10 +224,9 @@ class Collection:
         weights = self.weights(specs, evidence.spectra, ranks)
         found = anchored_refit(self.model, self.batches, self.layers, weights, statistics, fit, device=self.device)
         if found is None:
-            return (
-                None,
-                "feedback='anchored' was left out: the blocks are no chain, or there are fewer than two batches",
-            )
+            note = f"feedback='anchored' was left out: {self._no_refit()}"
+            warn_caller(note)
+            return None, note
         self.costs.passes["forward"] += found.passes
         self.costs.spend("feedback", started)
         chosen = [beta for beta in found.betas.values() if beta is not None]
@@ -234,6 +237,17 @@ class Collection:
             spectra[name] = Spectrum(spectra[name].singular_values, outer, inner)
         mean = sum(chosen) / len(chosen)
         return spectra, f"anchored refit: {len(chosen)} of {len(found.betas)} blocks fitted, mean beta {mean:.2f}"
+
+    def _no_refit(self) -> str:
+        """Why blocks cannot be fitted one after the other, and the remedy."""
+        if len(self.batches) < 2:
+            return "a part of the text has to be held out, and there is a single sequence; give two batches or more"
+        blocks = find_repeating_blocks(self.model)
+        alone = (name for name, layer in self.layers.items() if not each_in_one_block({name: layer}, blocks))
+        outside = next(alone, None)
+        if blocks and outside is not None:
+            return f"layer '{outside}' is in none of the model's repeating blocks; leave it out of targets"
+        return "the model has no chain of repeating blocks; choose feedback='recollect' or 'none'"
 
     def measured(self, settings: Settings, kind: str, specs: Sequence[MatrixSpec], evidence: Evidence) -> Any:
         """What happens to the model when one matrix alone is cut, for each matrix, see :mod:`lowrank_lit.probes`.
@@ -325,10 +339,16 @@ def _check_ids(model: nn.Module, batches: Sequence[Batch]) -> None:
         words = None if find is None else getattr(find(), "num_embeddings", None)
     except (NotImplementedError, AttributeError):  # a model of features has none
         return
+    reads_ids = getattr(model, "main_input_name", "input_ids") == "input_ids"  # what comes first, such as features
     for number, batch in enumerate(batches):
         ids = batch.get("input_ids", batch.get(POSITIONAL))
-        if words is None or ids is None or ids.is_floating_point():
+        if words is None or ids is None or (ids.is_floating_point() and not reads_ids):
             continue
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise DataError(
+                f"calibration batch {number} is of type {ids.dtype}, and the model reads token ids; give whole numbers "
+                "(torch.long)"
+            )
         worst = int(ids.max()) if int(ids.min()) >= 0 else int(ids.min())
         if not 0 <= worst < words:
             raise DataError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit._version import __version__
-from lowrank_lit.calibration import as_batches, count_sequences, count_tokens
+from lowrank_lit.calibration import as_batches, count_sequences, count_tokens, split_single
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.settings import Settings
@@ -40,6 +40,9 @@ class CompressionResult:
     plan: RankPlan
     record: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"CompressionResult({self.plan!r}, record of {', '.join(self.record)})"
+
 
 def compress(
     model: nn.Module,
@@ -59,6 +62,7 @@ def compress(
         model: Any module made of ``nn.Linear`` (or transformers' ``Conv1D``) layers.
         batches: Calibration batches: dictionaries of keyword arguments (``input_ids``, ``attention_mask``), or tensors
             for the first positional argument: token ids ``(batch, length)`` or features ``(batch, ..., columns)``.
+            A single batch is split by its sequences, because ``feedback="anchored"`` holds a part of the text out.
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
         device: Where to calibrate and factor; ``None`` is where the model is. Statistics of activations alone take one
             block at a time there, those of gradients the whole model.
@@ -74,7 +78,7 @@ def compress(
         BudgetError: If the budget is outside (0, 1] or below the rank floor.
         LowRankError: If a setting is unknown or out of range.
         ModelError: If a pattern matches nothing, or nothing can be factored.
-        DataError: If the batches are malformed.
+        DataError: If the batches are malformed, or hold fewer tokens than ``min_rank``.
         NonFiniteError: If weights or activations are NaN or infinite; names the layer.
     """
     chosen = settings_of(keep_ratio, settings)
@@ -129,7 +133,7 @@ def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) ->
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
-    digest.update(batches_hash(as_batches(batches)).encode())
+    digest.update(batches_hash(split_single(as_batches(batches))).encode())
     return digest.hexdigest()[:32]
 
 

@@ -7,6 +7,12 @@ traceback.
 
 from __future__ import annotations
 
+import sys
+import warnings
+
+_BETWEEN = ("lowrank_lit", "torch", "lightning", "pytorch_lightning")
+"""Packages that lie between a warning and the user's own line."""
+
 
 class LowRankError(ValueError):
     """Base of everything that bad input to this package raises."""
@@ -52,3 +58,11 @@ def reason_of(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     reason = lines[0].strip() if lines else type(error).__name__
     return reason if len(reason) <= 200 else reason[:197] + "..."
+
+
+def warn_caller(message: str) -> None:
+    """A warning at the line that called this package, however deep in it the reason was found."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

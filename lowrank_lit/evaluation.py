@@ -88,6 +88,11 @@ def _logits(model: nn.Module, ids: Tensor) -> Tensor:
 def _check_blocks(model: nn.Module, blocks: Tensor, batch_size: int) -> None:
     if batch_size < 1:
         raise DataError(f"batch_size={batch_size} is too small; give at least 1")
+    if not isinstance(blocks, Tensor):
+        raise DataError(
+            f"blocks is a {type(blocks).__name__}; give one tensor of token ids (n, length), of batches such as "
+            "torch.cat([batch['input_ids'] for batch in batches])"
+        )
     if blocks.ndim != 2 or blocks.shape[0] < 1 or blocks.shape[1] < 2:
         raise DataError(f"blocks has shape {tuple(blocks.shape)}; give (n, length) with n >= 1 and length >= 2")
     if blocks.dtype != torch.long:

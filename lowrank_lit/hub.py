@@ -281,6 +281,9 @@ def export(
             "files": [*files_in(partial), MARKER],
         }
         (partial / MARKER).write_text(json.dumps(marker, indent=1) + "\n", encoding="utf-8")
+        mode = (partial / MARKER).stat().st_mode  # by the umask, where safetensors lets nobody but the owner read
+        for name in files_in(partial):
+            (partial / name).chmod(mode)
 
 
 def load(
@@ -308,6 +311,8 @@ def load(
     folder = Path(path)
     if not folder.is_dir():
         raise ExportError(f"path='{path}' is no folder; give the folder of an export")
+    if not (folder / "config.json").exists():
+        raise ExportError(f"path='{path}' is no model folder: it has no config.json; give the folder of an export")
     config = read_json(folder / "config.json")
     entry = config.get("quantization_config")
     plan = None

@@ -202,6 +202,14 @@ class RankPlan:
         """Stored / original numbers that the plan really reaches."""
         return self.parameters / self.dense_parameters
 
+    def __repr__(self) -> str:
+        smaller = sum(matrix.form != "dense" for matrix in self.matrices)
+        return (
+            f"RankPlan({len(self.matrices)} matrices, {smaller} of them {self.storage}, "
+            f"keep_ratio={self.keep_ratio:.4f} of {self.requested_keep_ratio}, "
+            f"metric={self.metric!r}, allocator={self.allocator!r})"
+        )
+
     def digest(self) -> str:
         """SHA-256 of the plan's content, 64 hexadecimal digits; the same for equal plans."""
         content = self.to_dict() | {"order": self.order}  # not packed: other versions of zlib pack in other ways
@@ -316,15 +324,15 @@ def truncated_plan(plan: RankPlan, keep_ratio: float) -> RankPlan:
     """
     if not plan.nested:
         raise PlanError(
-            f"keep_ratio={keep_ratio} needs a nested plan, and this one is not; compress again with nested factors, or "
-            "leave keep_ratio out"
+            f"keep_ratio={keep_ratio} needs a nested plan, and this one is not; compress again with "
+            "nested=True, or leave keep_ratio out"
         )
     if not _is_number(keep_ratio) or not 0 < keep_ratio <= 1:
         raise PlanError(f"keep_ratio={keep_ratio!r} must lie in (0, 1]")
     if keep_ratio > max(plan.requested_keep_ratio, plan.keep_ratio):
         raise PlanError(
-            f"keep_ratio={keep_ratio} is more than the plan holds ({plan.keep_ratio:.4f}); choose at most that, or "
-            "compress the dense model again"
+            f"keep_ratio={keep_ratio} is more than the plan holds ({plan.keep_ratio:.4f}, made for "
+            f"keep_ratio={plan.requested_keep_ratio}); choose at most that, or compress the dense model again"
         )
     budget = math.floor(keep_ratio * plan.dense_parameters + 1e-9)
     if keep_ratio == plan.keep_ratio or budget >= plan.parameters:

@@ -102,7 +102,7 @@ class Settings:
         for field, such in (("min_rank", 8), ("quantum", 8), ("rounds", 3)):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise BudgetError(f"{field}={value} is no whole number of 1 or more; give one, such as {such}")
+                raise BudgetError(f"{field}={value!r} is no whole number of 1 or more; give one, such as {such}")
         if self.allocator == "zero_sum":  # the mean gradient for labels of the model's own is zero
             object.__setattr__(self, "labels", "text")
         self._check_pairs()

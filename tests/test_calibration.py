@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.calibration import Calibration, as_batches, calibrate
+from lowrank_lit.calibration import Calibration, as_batches, calibrate, split_single
 from lowrank_lit.errors import DataError, NonFiniteError
 from lowrank_lit.surgery import dense_weight, find_targets
 from tests.tiny import batches, tiny_model
@@ -181,7 +181,25 @@ def test_batches_in_every_form() -> None:
             assert other[name].input_energy == first.input_energy
     with pytest.raises(DataError, match="batches is empty"):
         as_batches([])
+    assert len(as_batches(ids.expand(3, 2, 5))) == 3  # a tensor of batches
     with pytest.raises(DataError, match="calibration batch 1 is a str"):
         as_batches([ids, "text"])
     with pytest.raises(DataError, match="calibration batch 0 is empty"):
         as_batches([ids[:0]])
+
+
+def test_a_single_batch_is_split_by_its_sequences() -> None:
+    ids = torch.arange(1, 57).reshape(7, 8)
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    parts = split_single([whole])
+    assert [len(part["input_ids"]) for part in parts] == [2, 2, 1, 1, 1]
+    for key, value in whole.items():
+        assert torch.equal(torch.cat([part[key] for part in parts]), value)
+    assert split_single(parts) is parts
+    for kept in (
+        [{"input_ids": ids[:1]}],
+        [{**whole, "position_ids": torch.arange(8)[None]}],  # shared by all sequences
+        [{**whole, "attention_mask": whole["attention_mask"] * (torch.arange(7) > 1)[:, None]}],  # a part of padding
+        [whole, {"input_ids": ids}],
+    ):
+        assert split_single(kept) is kept

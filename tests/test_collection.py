@@ -148,6 +148,11 @@ IDS = torch.randint(0, 90, (2, 12), generator=torch.Generator().manual_seed(0))
         ([{"input_ids": IDS, "attention_mask": torch.ones(2, 11)}], DataError, "one number per token"),
         ([{"input_ids": IDS, "attention_mask": torch.zeros(2, 12)}], DataError, "all padding"),
         (None, DataError, "batches is a NoneType"),
+        (IDS, DataError, "batches is a Tensor; give a list of calibration batches, such as [batches]"),
+        ({"input_ids": IDS}, DataError, "batches is a dict; give a list of calibration batches, such as [batches]"),
+        (list(IDS), DataError, "calibration batch 0 is a tensor of shape (12,)"),
+        ([IDS.float()], DataError, "type torch.float32, and the model reads token ids"),
+        ([IDS.to(torch.int16)], DataError, "type torch.int16, and the model reads token ids"),
     ],
 )
 def test_text_that_does_not_fit(text: Any, kind: type[LowRankError], words: str) -> None:
@@ -191,6 +196,7 @@ def test_packed_weights_are_named() -> None:
         ({"nested": "no"}, LowRankError, "nested='no'"),
         ({"targets": 5}, LowRankError, "targets=5 is no list"),
         ({"rounds": 2.5}, BudgetError, "rounds=2.5 is no whole number"),
+        ({"rounds": "3"}, BudgetError, "rounds='3' is no whole number"),
         ({"min_rank": True}, BudgetError, "min_rank=True is no whole number"),
     ],
 )

@@ -19,7 +19,7 @@ import lowrank_lit
 from lowrank_lit import FactoredLinear, compress, perplexity, plan_ranks
 from lowrank_lit.allocation import ALLOCATORS, allocate
 from lowrank_lit.compress import CompressionResult, fingerprint
-from lowrank_lit.errors import BudgetError, GradientError, LowRankError, ModelError, NonFiniteError
+from lowrank_lit.errors import BudgetError, DataError, GradientError, LowRankError, ModelError, NonFiniteError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.hub import export
 from lowrank_lit.layers import PivotLinear
@@ -239,7 +239,8 @@ def test_the_default_keeps_the_predictions_better_than_unirank() -> None:
 def test_every_metric(metric: str, allocator: str) -> None:
     model = tiny_model("llama")
     dense = logits(model)
-    result = compress(model, DATA, keep_ratio=0.6, metric=metric, allocator=allocator, **PLAIN)
+    enough = batches(structured=True, n=6)  # four tokens for each of the 48 inputs of the widest layer
+    result = compress(model, enough, keep_ratio=0.6, metric=metric, allocator=allocator, **PLAIN)
     assert_budget(result, 0.6)
     assert result.plan.keep_ratio > 0.59
     assert float((logits(model) - dense).norm() / dense.norm()) < 0.75  # 0.67 for the plain SVD
@@ -667,9 +668,58 @@ def test_few_tokens_are_a_warning_with_the_number_needed() -> None:
     with pytest.warns(UserWarning, match=r"calibration has 4 tokens.*give at least \d+ tokens") as caught:
         result = compress(tiny_model("llama"), batches(n=1, batch=1, length=4), keep_ratio=0.6, min_rank=2)
     assert any("calibration has 4 tokens" in str(item.message) for item in caught)
+    assert {item.filename for item in caught if "calibration has" in str(item.message)} == {__file__}
     notes = result.record["notes"]
-    assert any("calibration has 4 tokens" in note for note in notes)
-    assert any("fewer than two batches" in note for note in notes)  # nothing to hold out
+    assert any("calibration has 4 tokens" in note and "rank-deficient" in note for note in notes)
+    assert any("there is a single sequence; give two batches" in note for note in notes)  # nothing to hold out
+    with pytest.warns(UserWarning, match=r"moment of the 48 inputs of .* is noisy; give at least 192 tokens"):
+        plan_ranks(tiny_model("llama"), batches(), keep_ratio=0.6, preset="unirank")
+    with pytest.raises(DataError, match=r"calibration has 1 tokens, fewer than min_rank=8; give at least 192 tokens"):
+        compress(tiny_model("llama"), [torch.ones(1, 1, dtype=torch.long)], keep_ratio=0.6)
+
+
+def test_one_batch_of_several_sequences_is_as_good_as_several_batches() -> None:
+    data = batches(structured=True, n=1, batch=5, length=40)
+    alone = [{key: value[row : row + 1] for key, value in data[0].items()} for row in range(5)]
+    one, several = tiny_model("llama"), tiny_model("llama")
+    first, second = (
+        compress(model, text, keep_ratio=0.6, min_rank=2) for model, text in ((one, data), (several, alone))
+    )
+    assert any(note.startswith("anchored refit:") for note in first.plan.notes)
+    assert first.plan == second.plan
+    assert all(torch.equal(left, right) for left, right in zip(one.parameters(), several.parameters(), strict=True))
+    settings = Settings(0.6, min_rank=2)
+    assert first.plan.fingerprint == fingerprint(tiny_model("llama"), data, settings)
+
+
+def test_a_refit_that_cannot_be_had_is_a_warning_with_the_reason() -> None:
+    text: dict[str, Any] = {"preset": "unirank", "feedback": "anchored", "min_rank": 2}
+    with pytest.warns(UserWarning, match=r"'anchored' was left out: .* a single sequence; give two batches") as caught:
+        compress(tiny_model("llama"), batches(n=1, batch=1, length=200, vocab=90), keep_ratio=0.6, **text)
+    assert caught[-1].filename == __file__
+    with pytest.warns(UserWarning, match="no chain of repeating blocks; choose feedback='recollect'"):
+        compress(
+            nn.Sequential(nn.Linear(24, 30), nn.Sequential(nn.Linear(30, 9))),
+            [torch.randn(60, 24)],
+            keep_ratio=0.6,
+            **text,
+        )
+    with pytest.warns(UserWarning, match="layer 'lm_head' is in none of the model's repeating blocks"):
+        compress(tiny_model("mistral"), batches(n=6, length=32), keep_ratio=0.6, targets=["*q_proj", "lm_head"], **text)
+
+
+def test_zero_sum_says_which_labels_it_took() -> None:
+    result = compress(tiny_model("llama"), DATA, keep_ratio=0.6, allocator="zero_sum", **PLAIN)
+    assert any("labels='text' is used, for allocator='zero_sum'" in note for note in result.plan.notes)
+    other = compress(tiny_model("llama"), DATA, keep_ratio=0.6, preset="fast", min_rank=2)
+    assert not any("labels=" in note for note in other.plan.notes)
+
+
+def test_a_result_is_short_in_print() -> None:
+    result = compress(tiny_model("llama"), DATA, keep_ratio=0.6, preset="unirank", min_rank=2)
+    assert len(repr(result)) < 400
+    assert f"RankPlan({len(result.plan.matrices)} matrices" in repr(result)
+    assert f"keep_ratio={result.plan.keep_ratio:.4f} of 0.6" in repr(result.plan)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,12 @@ def test_bad_blocks(blocks: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         perplexity(tiny_model("gpt2"), blocks)
     assert perplexity(tiny_model("gpt2"), draw_blocks(1, MAX_POSITIONS)) > 1
+
+
+@pytest.mark.parametrize("blocks", ["hello", [{"input_ids": torch.zeros(1, 8, dtype=torch.long)}]])
+def test_blocks_that_are_no_tensor(blocks: Any) -> None:
+    with pytest.raises(DataError, match=rf"blocks is a {type(blocks).__name__}; give one tensor of token ids"):
+        perplexity(tiny_model("gpt2"), blocks)
 
 
 def test_bad_batch_size_and_model() -> None:

@@ -321,6 +321,15 @@ def test_weights_given_as_a_dictionary(exported: tuple[Path, Any, RankPlan]) -> 
         type(model).from_pretrained(None, config=config, state_dict=weights)
 
 
+def test_files_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        hub.export(*factored(), tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {item.stat().st_mode & 0o777 for item in (tmp_path / "model").iterdir()} == {0o640}
+
+
 def test_a_dense_model_is_not_factored_while_loading(tmp_path: Path) -> None:
     _, plan = factored()
     hub.export(tiny_model("llama"), None, tmp_path / "out")
@@ -449,6 +458,9 @@ def test_a_folder_of_the_first_release(folder: Path, exported: tuple[Path, Any, 
 def test_load_gives_one_line_where_transformers_gives_many(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="nowhere' is no folder"):
         hub.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match="empty' is no model folder: it has no config"):
+        hub.load(tmp_path / "empty")
     whole = (folder / "config.json").read_text()
     (folder / "config.json").write_text(whole[:50])
     with pytest.raises(ExportError, match=r"config\.json' is truncated or no JSON"):
@@ -462,7 +474,7 @@ def test_load_gives_one_line_where_transformers_gives_many(folder: Path, tmp_pat
     with pytest.raises(ExportError, match=rf"{WEIGHTS}' is missing"):
         hub.load(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(ExportError, match=r"config\.json' cannot be read"):
+    with pytest.raises(ExportError, match="is no model folder: it has no config"):
         hub.load(folder)
 
 

@@ -329,7 +329,7 @@ def recipe(tmp_path: Path, tokenizer_folder: Path) -> Path:
         "data": {
             "sources": {"calibration": "embedded:validation", "test": "embedded:test"},
             "tokenizer": str(tokenizer_folder),
-            **{"block_size": 32, "batch_size": 4, "calibration_blocks": 4, "evaluation_blocks": 4},
+            **{"block_size": 32, "batch_size": 4, "calibration_blocks": 1, "evaluation_blocks": 4},
         },
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(content))  # JSON is YAML
@@ -346,6 +346,7 @@ def test_commands_tell_fallbacks_and_fail_for_their_own_cells(
     assert "failed:" not in capsys.readouterr().out
     text = (tmp_path / "out/sweep/sweep.md").read_text()
     assert "feedback='anchored' was left out" in text
+    assert "measure candidate plans (select true); rows of a metric and an allocator by name do not" in text
     assert "Common settings: targets all; min_rank 2; quantum 1; damping" in text
     assert "labels model" in text
     assert main(["plan", str(recipe)]) == 0
@@ -425,7 +426,7 @@ def test_notes_and_draws_stand_in_the_tables(tmp_path: Path) -> None:
 
 
 def test_a_fallback_is_told_in_its_row(tmp_path: Path) -> None:
-    alone = {0: batches(n=1, structured=True)}
+    alone = {0: batches(n=1, batch=1, structured=True)}
     grid = Grid([0.6], ["input"], ["uniform"], ["none", "anchored"], common=COMMON)
     plain, anchored = Sweep(tiny_model("llama"), blocks(), alone, CellStore(tmp_path / "cells.jsonl")).run(grid)
     assert any("anchored' was left out" in note for note in anchored.notes)
@@ -457,7 +458,8 @@ def test_a_plans_prediction_names_its_statistics(
     assert on_the_line == (feedback == "none")
     show_prediction(planned, tmp_path)
     out = capsys.readouterr().out
-    assert f"this plan (statistics {basis}" in out
+    assert f"for the plan above (statistics {basis}" in out
+    assert ("The two figures for the recipe's keep ratio are of different plans" in out) == (not on_the_line)
     assert f"{planned.plan.predicted_nats:.4f} nats" in out
     found = json.loads((tmp_path / "prediction.json").read_text())
     assert found["statistics"] == "statistics of the dense model"
