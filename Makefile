@@ -35,8 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/lightning run recipes/quickstart.yaml
 
+# One process per core, each with one thread; the tests of a file stay together, for they share fixtures.
 test: install
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
