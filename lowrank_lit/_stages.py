@@ -151,6 +151,10 @@ def _print_plan(plan: RankPlan) -> None:
         share = f"{matrix.parameters / matrix.dense_parameters:.3f}"
         rows.append([matrix.name, f"{matrix.rows} x {matrix.columns}", matrix.form, str(matrix.rank), share, energy])
     print(table(rows))
+    print(
+        "kept: share of a matrix's numbers that are stored; energy: share of its squared singular values, in the "
+        "plan's metric, that the rank keeps."
+    )
     kept = f"{plan.parameters:,} kept ({plan.keep_ratio:.4f})"
     print(f"Target matrices: {plan.dense_parameters:,} parameters, {kept}.")
     for note in plan.notes:

@@ -236,7 +236,8 @@ def _prediction_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     text = "nats per token: ln of the perplexity's ratio, one-shot"
     yield "loss rise, measured", "", _number(measured, ".4f"), ratio, text
     ratio = _number(predicted.get("perplexity_ratio"), ".3f")
-    yield "loss rise, predicted", "", _number(predicted["nats"], ".4f"), ratio, "an estimate, from the calibration text"
+    what = "an estimate, from the calibration text; ratio: of perplexities, that it means"
+    yield "loss rise, predicted", "", _number(predicted["nats"], ".4f"), ratio, what
 
 
 def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
