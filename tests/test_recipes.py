@@ -162,7 +162,7 @@ def large_recipe(name: str, train: str, *options: str) -> int:
 
 def require_whole_run(root: Path, dense: Any, keep_ratio: float, granule: int) -> None:
     """The export loads, has the size that was asked for, and reports and checkpoints lie beside it."""
-    assert (root / "checkpoints/last.ckpt").is_file()
+    assert list(root.rglob("checkpoints/last.ckpt"))
     assert list(root.rglob("record.json")), "RankReport has written"
     model = AutoModelForCausalLM.from_pretrained(root / "model")
     targets = sum(p.numel() for name, p in dense.named_parameters() if "proj.weight" in name)
@@ -217,9 +217,10 @@ def test_small_recipe_runs_whole(name: str, keep_ratio: float, options: list[str
     (tmp_path / "text.txt").write_text(TEXT[:20000])
     dense = tiny_folder("llama", tmp_path / "tiny")
     sources = [f"--data.sources.{split}=text.txt" for split in ("train", "calibration", "validation", "test")]
-    floors = "--LowRankCompression.min_rank=2" if name == "refine_only" else "--RankReallocation.min_rank=2"
-    preset = ["--LowRankCompression.preset=fast"] if name == "refine_only" else []
-    sizes = ["--data.block_size=32", "--data.calibration_blocks=16", "--data.evaluation_blocks=4", floors, *preset]
+    floors = ["--LowRankCompression.min_rank=2", "--LowRankCompression.preset=fast"]
+    if name == "progressive":
+        floors.append("--RankReallocation.min_rank=2")
+    sizes = ["--data.block_size=32", "--data.calibration_blocks=16", "--data.evaluation_blocks=4", *floors]
     steps = ["--trainer.limit_train_batches=6", "--ModelCheckpoint.every_n_train_steps=2"]
     models = ["--model.model=./tiny", "--data.tokenizer=./tiny"]
     assert cli.main(["run", name, *models, *sources, *sizes, *steps, *options, *QUIET]) == 0
