@@ -1,16 +1,20 @@
-"""The memory that is estimated before a run beside what the run uses, stage by stage.
+"""The memory and disk that are estimated before a run beside what the run uses, stage by stage, at three sizes.
 
-Run from the repository's root (about a minute on two CPU cores):
+Run from the repository's root (about five minutes on two CPU cores):
 
-    python benchmarks/memory_estimate.py             # JSON, one line per case
-    python benchmarks/memory_estimate.py --table     # the same as Markdown
+    python benchmarks/memory_estimate.py             # JSON, one line per case and size
+    python benchmarks/memory_estimate.py --table     # the same as one Markdown table
+    python benchmarks/memory_estimate.py --table --cases lora --width 256 --layers 4     # one case at one size
 
-Protocol: a Llama of random weights (33 M parameters: 10 blocks of width 512, MLP 1365, vocabulary 4096, tied), in
-float32, saved to a temporary folder; random token ids as text (batches of 4 x 128). Each case is a process of its own:
-`lora` compresses to --keep and makes three steps with LoRA on the factors, `factors` trains the whole factors, `kd`
-refines block by block first and then trains the factors towards the dense model in memory, `progressive` re-allocates
-ranks from whole factors. All export at the end. The figures are those of `MemoryReport`; a small fit of the same kind
-has been made before in the process, so that libraries are loaded.
+Protocol: Llamas of random weights, by default 4 blocks of width 256, 10 of 512 and 16 of 768 (5, 33 and 116 M
+parameters; MLP 8/3 of the width, vocabulary 4096, tied), in float32, saved to a temporary folder; random token ids as
+text (batches of 4 x 128). Each case is a process of its own: `lora` compresses to --keep with uniform ranks and makes
+three steps with LoRA on the factors, `factors` trains the whole factors, `kd` refines block by block first and then
+trains the factors towards the dense model in memory, `progressive` re-allocates ranks from whole factors. All write a
+checkpoint after the last step and export at the end. The figures of memory are those of `MemoryReport`; a small fit of
+the same kind has been made before in the process, so that libraries are loaded. Those of the disk are the sizes of the
+files that a stage has left. The last line, on stderr, counts the rows of at least 32 MiB whose figures are no more than
+15 % apart.
 
 On a CPU allocations of 64 KiB and more are mapped, and unmapped when freed, so that the resident size follows the
 tensors; without that the process keeps what it has freed, and uses more.
@@ -30,6 +34,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_lit.callbacks import (
@@ -42,10 +47,23 @@ from lowrank_lit.callbacks import (
     Refinement,
 )
 from lowrank_lit.data import TextDataModule
+from lowrank_lit.estimate import totals
 from lowrank_lit.module import LowRankModule
 
 CASES = ("lora", "factors", "kd", "progressive")
 VOCABULARY = 4096
+SIZES = ((256, 4), (512, 10), (768, 16))
+"""Widths and numbers of blocks."""
+WRITTEN = {
+    "factor": "compressed",
+    "reallocate": "reallocation",
+    "refine": "refined",
+    "recover": "checkpoints",
+    "export": "model",
+}
+"""Folder that a stage writes to, below the run's."""
+TOLERANCE = 0.15
+LARGE = 32  # MiB; below that allocators' and interpreter's own are what is measured
 
 
 class RandomText(TextDataModule):
@@ -72,7 +90,7 @@ class RandomText(TextDataModule):
 
 def callbacks(case: str, keep: float) -> list[pl.Callback]:
     """What the case does."""
-    compression = LowRankCompression(keep, preset="unirank")
+    compression = LowRankCompression(keep, preset="unirank", allocator="uniform")  # a matrix left dense has no factors
     own: dict[str, list[pl.Callback]] = {
         "lora": [compression, RankPreservingLoRA(8)],
         "factors": [compression, FactorTuning()],
@@ -95,13 +113,13 @@ def fit(root: Path, case: str, width: int, layers: int, options: argparse.Namesp
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(root / "dense")
-    chosen = callbacks(case, options.keep)
+    checkpoint = ModelCheckpoint(dirpath=root / "checkpoints", every_n_train_steps=3, save_top_k=1)
+    chosen = [*callbacks(case, options.keep), checkpoint]
     trainer = pl.Trainer(
         accelerator=options.accelerator,
         devices=1,
         max_steps=3,
         logger=False,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
@@ -112,7 +130,13 @@ def fit(root: Path, case: str, width: int, layers: int, options: argparse.Namesp
     trainer.fit(module, RandomText(options.batch_size, options.length, options.blocks))
     memory = chosen[0]
     assert isinstance(memory, MemoryReport)
-    return memory.record()["stages"]  # type: ignore[no-any-return]
+    stages: dict[str, Any] = memory.record()["stages"]
+    for (stage, place), estimated in totals(memory.items).items():
+        if place == "disk":
+            used = sum(file.stat().st_size for file in (root / WRITTEN[stage]).rglob("*") if file.is_file())
+            name = "compress" if stage == "factor" else stage
+            stages.setdefault(name, {})["disk"] = {"estimated": estimated, "used": used}
+    return stages
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -122,8 +146,17 @@ def measure(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "small").mkdir()
         fit(Path(folder) / "small", options.case, 64, 2, options)
-        stages = fit(Path(folder), options.case, options.width, options.layers, options)
-    print(json.dumps({"case": options.case, "width": options.width, "layers": options.layers, "stages": stages}))
+        width, layers = options.width[0], options.layers[0]
+        stages = fit(Path(folder), options.case, width, layers, options)
+    print(json.dumps({"case": options.case, "width": width, "layers": layers, "stages": stages}))
+
+
+def ratios(entry: dict[str, Any]) -> list[tuple[float, float]]:
+    """Estimated MiB and used / estimated of every row that has both, in the order of the table."""
+    pairs = [pair for places in entry["stages"].values() for pair in places.values()]
+    return [
+        (p["estimated"] / 2**20, p["used"] / p["estimated"]) for p in pairs if p["estimated"] and p["used"] is not None
+    ]
 
 
 def rows(entry: dict[str, Any]) -> list[str]:
@@ -134,17 +167,18 @@ def rows(entry: dict[str, Any]) -> list[str]:
             sizes = [None if pair[key] is None else pair[key] / 2**20 for key in ("estimated", "used")]
             cells = ["–" if size is None else f"{size:.0f}" for size in sizes]
             ratio = "–" if sizes[0] is None or sizes[1] is None else f"{sizes[1] / sizes[0]:.2f}"
-            lines.append(f"| {entry['case']} | {stage} | {place} | {cells[0]} | {cells[1]} | {ratio} |")
+            size = f"{entry['layers']} x {entry['width']}"
+            lines.append(f"| {size} | {entry['case']} | {stage} | {place} | {cells[0]} | {cells[1]} | {ratio} |")
     return lines
 
 
 def main() -> None:
-    """Run the cases, each in a process of its own."""
+    """Run the cases at all sizes, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, help="this case alone, in this process")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--width", type=int, nargs="+", default=[width for width, _ in SIZES])
+    parser.add_argument("--layers", type=int, nargs="+", default=[layers for _, layers in SIZES], help="one per width")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=16, help="blocks of text, for calibration and all else")
@@ -153,19 +187,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print Markdown instead of JSON")
     options = parser.parse_args()
+    if len(options.width) != len(options.layers):
+        parser.error(f"--width names {len(options.width)} sizes and --layers {len(options.layers)}; give one of each")
     if options.case:
         measure(options)
         return
     if options.table:
-        print("| run | stage | where | estimated, MiB | used, MiB | used / estimated |\n|---|---|---|---|---|---|")
+        print("| blocks x width | run | stage | where | estimated, MiB | used, MiB | used / estimated |")
+        print("|---|---|---|---|---|---|---|", flush=True)
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    settings = ("width", "layers", "batch_size", "length", "blocks", "keep", "accelerator", "threads")
+    settings = ("batch_size", "length", "blocks", "keep", "accelerator", "threads")
     own = [part for name in settings for part in (f"--{name}", str(getattr(options, name)))]
-    for case in options.cases:
-        command = [sys.executable, __file__, "--case", case, *own]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        line = done.stdout.splitlines()[-1]
-        print("\n".join(rows(json.loads(line))) if options.table else line, flush=True)
+    found: list[tuple[float, float]] = []
+    for width, layers in zip(options.width, options.layers, strict=True):
+        for case in options.cases:
+            command = [sys.executable, __file__, "--case", case, "--width", str(width), "--layers", str(layers), *own]
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            entry = json.loads(done.stdout.splitlines()[-1])
+            found += ratios(entry)
+            print("\n".join(rows(entry)) if options.table else json.dumps(entry), flush=True)
+    large = [ratio for size, ratio in found if size >= LARGE]
+    near = sum(abs(ratio - 1) <= TOLERANCE for ratio in large)
+    print(f"within 15 %: {near} of {len(large)} rows of {LARGE} MiB and more", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lowrank_lit import distributed
 from lowrank_lit.cache import kept_record, load_compression, save_compression
 from lowrank_lit.callbacks._shared import calibration_text, callbacks_of
 from lowrank_lit.collection import require_finite_weights
 from lowrank_lit.compress import CompressionResult, compress, fingerprint
-from lowrank_lit.errors import ExportError, PlanError
+from lowrank_lit.errors import ExportError, ModelError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
@@ -48,7 +49,12 @@ class LowRankCompression(pl.Callback):
 
     This happens in ``setup("fit")``: a layer replaced any later would be missing from the optimizer and silently never
     train. The compression is kept in the trainer's root folder (``compressed/``), and a later run with the same
-    weights, calibration text and settings takes it from there.
+    weights, calibration text and settings takes it from there. One that was interrupted goes on from the statistics of
+    the dense model, which wait in the same folder until then.
+
+    The processes of a job share the work: each calibrates on its share of the batches and factors its share of the
+    matrices; plan and factors are the same in all, and those of one process. Process 0 alone writes. An error in one
+    process ends all of them with the same message.
 
     Args:
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
@@ -143,7 +149,10 @@ class LowRankCompression(pl.Callback):
         pl_module.configure_model()  # Lightning calls it after this hook; it does nothing the second time
         model = model_of(pl_module)
         if self._model is not model:
-            with isolate_rng():  # what follows is the same whether the compression is computed or taken from disk
+            with (
+                isolate_rng(),
+                distributed.cooperating(),
+            ):  # what follows is the same whether the compression is computed or taken from disk
                 self._compress_at(trainer, pl_module, model)
         assert self.result is not None
         # Lightning loads the weights of a checkpoint before it asks the callbacks, and torch only speaks of shapes.
@@ -167,6 +176,11 @@ class LowRankCompression(pl.Callback):
         batches = self._batches(trainer)
         require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
         identity = fingerprint(model, batches, self._settings)
+        if len(set(distributed.gather("the fingerprint", identity))) > 1:
+            raise ModelError(
+                "the processes of the job have different weights, calibration text or settings; give all the same "
+                "checkpoint, text and seed"
+            )
         _refuse_checkpoint(trainer.ckpt_path, identity)
         for callback in callbacks_of(trainer):
             if isinstance(callback, ChecksFolder):
@@ -198,14 +212,20 @@ class LowRankCompression(pl.Callback):
     ) -> CompressionResult:
         root = Path(trainer.default_root_dir)
         text = evaluation_hash(trainer)
-        kept = kept_record(root / "compressed", identity) or {}
+        kept = distributed.agreed("the kept record", kept_record(root / "compressed", identity) or {})
         same_text = "perplexity" in kept and kept.get("evaluation_hash") == text
         # Before the factors are taken from disk, for they replace the dense model.
         dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else measure(trainer, model)
         result = load_compression(root / "compressed", model, identity)
         if result is None:
             with memory_stage("compress"):
-                result = compress(model, batches, device=trainer.strategy.root_device, **self.settings())
+                result = compress(
+                    model,
+                    batches,
+                    device=trainer.strategy.root_device,
+                    resume=root / "compressed",
+                    **self.settings(),
+                )
         else:
             trainer.print(f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
             result.record["from_cache"] = True  # its seconds are those of the run that computed it

@@ -18,6 +18,7 @@ from lowrank_lit.hub import LowRankConfig, export, refuse_foreign
 from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.strategies import LowRankDeepSpeed
 
 
 class ExportOnFitEnd(pl.Callback):
@@ -56,7 +57,7 @@ class ExportOnFitEnd(pl.Callback):
 
     def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
         """Refuse what could not be exported: another run's folder, no transformers model, weights in pieces."""
-        refuse_sharded(trainer, "ExportOnFitEnd")
+        refuse_sharded(trainer, "ExportOnFitEnd", at_end=True)
         module = trainer.lightning_module
         if not hasattr(model_of(module), "save_pretrained"):
             raise ModelError(
@@ -72,7 +73,7 @@ class ExportOnFitEnd(pl.Callback):
         pl_module.configure_model()
         # A compression asks for the check itself, once it knows the fingerprint.
         if find_callback(trainer, LowRankCompression) is None:
-            self.check(trainer, _own_fingerprint(pl_module))
+            self.check(trainer, own_fingerprint(pl_module))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Round the weights to the stored type and write the folder."""
@@ -84,8 +85,8 @@ class ExportOnFitEnd(pl.Callback):
         if trainer.is_global_zero:
             compression = find_callback(trainer, LowRankCompression)
             result = None if compression is None else compression.result
-            plan = _plan_of(pl_module, model) if result is None else result.plan
-            fingerprint = _own_fingerprint(pl_module) if result is None else None
+            plan = plan_of(pl_module, model) if result is None else result.plan
+            fingerprint = own_fingerprint(pl_module) if result is None else None
             tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
             with memory_stage("export"):
                 export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
@@ -113,18 +114,27 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
                 weight.copy_(rounded)
 
 
-def refuse_sharded(trainer: pl.Trainer, name: str) -> None:
-    """Refuse a strategy that leaves every process with a piece of the weights when the fit ends.
+def refuse_sharded(trainer: pl.Trainer, name: str, *, at_end: bool = False) -> None:
+    """Refuse a strategy that gives every process a piece of the weights.
+
+    Args:
+        trainer: Of the fit.
+        name: Of the callback that needs them whole.
+        at_end: Whether it needs them not before ``on_fit_end``, when those of
+            :class:`lowrank_lit.strategies.LowRankDeepSpeed` are whole again in every stage.
 
     Raises:
-        ModelError: Under FSDP, tensor parallelism or DeepSpeed's ZeRO stage 3; names the callback ``name``.
+        ModelError: Under FSDP, tensor parallelism or DeepSpeed's ZeRO stage 3; names the callback.
     """
     strategy = trainer.strategy
-    sharded = isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or getattr(strategy, "zero_stage_3", False)
-    if sharded:
+    stage_3 = getattr(strategy, "zero_stage_3", False)
+    if isinstance(strategy, (FSDPStrategy, ModelParallelStrategy)) or (
+        stage_3 and not (at_end and isinstance(strategy, LowRankDeepSpeed))
+    ):
+        remedy = "lowrank_lit.strategies.LowRankDeepSpeed" if at_end else "DeepSpeed ZeRO stage 1 or 2"
         raise ModelError(
             f"strategy {type(strategy).__name__} splits the weights over processes, and {name} needs them whole; "
-            "use DDP or DeepSpeed ZeRO stage 1 or 2"
+            f"use DDP or {remedy}"
         )
 
 
@@ -137,7 +147,7 @@ def _refuse_adapters(model: nn.Module) -> None:
             )
 
 
-def _plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
+def plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
     """The plan of a model that was loaded factored, from a checkpoint or an export; None for a dense one."""
     loaded = getattr(pl_module, "plan", None)
     if isinstance(loaded, RankPlan):
@@ -146,7 +156,7 @@ def _plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
     return stored.rank_plan() if isinstance(stored, LowRankConfig) else None
 
 
-def _own_fingerprint(pl_module: pl.LightningModule) -> str:
+def own_fingerprint(pl_module: pl.LightningModule) -> str:
     """Identity of a run that compresses nothing: what the module was made from.
 
     Not the plan's own, even where the model was loaded factored: the run must not replace the folder it came from.

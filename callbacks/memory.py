@@ -7,11 +7,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lowrank_lit._tables import gibibytes, table
 from lowrank_lit.callbacks._run_shape import measure_config, run_shape, settings_of_run
 from lowrank_lit.errors import ModelError
-from lowrank_lit.estimate import COMPRESSION, Item, Place, estimate, measured_peaks, on_host, totals, training_items
+from lowrank_lit.estimate import COMPRESSION, Item, Place, estimate, measured_peaks, on_host, totals
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.memory import Watch
 from lowrank_lit.module import LowRankModule, model_of
@@ -181,3 +182,28 @@ def _dtype(module: pl.LightningModule) -> torch.dtype:
 
 def _size(count: int | None, missing: str = "") -> str:
     return missing if count is None else gibibytes(count)
+
+
+def training_items(
+    parameters: Iterable[Tensor], buffers: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> list[Item]:
+    """What the training of any module takes, from the module itself: everything but what is kept for the backward pass.
+
+    Args:
+        parameters: Of the module, each once.
+        buffers: Of the module.
+        optimizers: Of them, those of Adam's kind are known to have two moments of each number; others count nothing.
+    """
+    own = list(parameters)
+    weights = sum(tensor.nbytes for tensor in (*own, *buffers))
+    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
+    moments = sum(
+        2 * parameter.nbytes for optimizer, group in groups if _is_adam(optimizer) for parameter in group["params"]
+    )
+    gradients = sum(parameter.nbytes for parameter in own if parameter.requires_grad)
+    found = {"weights": weights, "gradients": gradients, "moments of Adam's kind": moments}
+    return [Item("recover", "device", what, count) for what, count in found.items() if count]
+
+
+def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam))

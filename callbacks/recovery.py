@@ -20,6 +20,7 @@ from lowrank_lit.adapter_config import config_of, find_pairs, is_quantised, spec
 from lowrank_lit.adapter_starts import adapter_starts, starts_from_data
 from lowrank_lit.callbacks._shared import calibration_text, find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
+from lowrank_lit.callbacks.export import refuse_sharded
 from lowrank_lit.errors import ExportError, LowRankError, ModelError
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.merging import MergeRecord
@@ -39,8 +40,9 @@ class RankPreservingLoRA(pl.Callback):
     A checkpoint written during the fit holds the adapters: it resumes the fit, and
     ``lowrank_lit.module.load_checkpoint`` reads it as a plain model; into the merged model it does not load as it is.
     One that ``ModelCheckpoint(save_last=True)`` writes at the end of training, where it has written none before, holds
-    the merged model: it loads into that, and does not resume. A fit that ends by an exception leaves the adapters in
-    place; the next fit of the module with this callback trains them on.
+    the merged model: it loads into that, and does not resume. Under DeepSpeed's ZeRO stage 3 the merge waits until the
+    weights are whole again, so that this one holds the adapters, too. A fit that ends by an exception leaves the
+    adapters in place; the next fit of the module with this callback trains them on.
 
     The schedule ``sequential`` is SVD-LLM's: the first half of the optimizer steps moves the adapters of the outer
     factors, the second half those of the inner ones. Both are there from the start, and one that has not moved changes
@@ -78,8 +80,9 @@ class RankPreservingLoRA(pl.Callback):
     Raises:
         LowRankError: If a setting is unknown; before the compression, if its ranks will not do for ``nf4`` or
             bitsandbytes is missing; at setup, if the adapter rank is below the rank of no factor.
-        ModelError: At setup, if the model has no factored layer, or the strategy is DeepSpeed's ZeRO stage 3; on
-            resuming, if the checkpoint's adapters or 4-bit factors are not those of this run.
+        ModelError: At setup, if the model has no factored layer, or the strategy splits the weights (FSDP, tensor
+            parallelism, Lightning's own DeepSpeedStrategy in ZeRO stage 3); on resuming, if the checkpoint's adapters
+            or 4-bit factors are not those of this run.
 
     Example:
         >>> callbacks = [LowRankCompression(keep_ratio=0.6), RankPreservingLoRA(rank=8)]  # doctest: +SKIP
@@ -223,11 +226,12 @@ class RankPreservingLoRA(pl.Callback):
             resume(optimizer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge while the model is still on its device."""
-        self._merge(trainer, pl_module)
+        """Merge while the model is still on its device, unless it is still in pieces."""
+        if not getattr(trainer.strategy, "zero_stage_3", False):
+            self._merge(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge after a fit without a step, which has no end of training."""
+        """Merge after ZeRO stage 3, and after a fit without a step, which has no end of training."""
         self._merge(trainer, pl_module)
 
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -342,8 +346,7 @@ class FactorTuning(pl.Callback):
 def _check(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse what would fail only after the training."""
     _require_factored(pl_module, "RankPreservingLoRA")
-    if getattr(trainer.strategy, "zero_stage_3", False):
-        raise ModelError("strategy DeepSpeed ZeRO stage 3 has no whole factor to merge into; use stage 2 for recovery")
+    refuse_sharded(trainer, "RankPreservingLoRA", at_end=True)
 
 
 def _require_factored(pl_module: pl.LightningModule, callback: str) -> None:

@@ -65,7 +65,7 @@ class RankReport(pl.Callback):
         """Start the clock, unless the compression, listed earlier, has started it."""
         if stage != "fit":
             return
-        refuse_sharded(trainer, "RankReport")
+        refuse_sharded(trainer, "RankReport", at_end=True)
         self._started, self._recover = _start_of(trainer, self), None
         if find_callback(trainer, LowRankCompression) is None:
             rank_zero_warn("RankReport has nothing to report: there is no LowRankCompression among the callbacks")

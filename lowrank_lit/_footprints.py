@@ -1,9 +1,12 @@
-"""Bytes and numbers that follow from shapes alone, one formula a function; :mod:`lowrank_lit.estimate` adds them up."""
+"""Bytes, numbers and operations that follow from shapes alone, one formula a function; :mod:`lowrank_lit.estimate` adds
+them up, docs/scaling.md lists them.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lowrank_lit.quantize import nf4_bytes
@@ -29,6 +32,11 @@ class ModelSize:
         hidden: Width of the hidden states.
         vocabulary: Width of the logits.
         shared: Whether it could be seen which matrices are fed one tensor; if not, every one counts its own.
+        experts: ``(count, rows, columns)`` of every parameter that holds the matrices of a block's experts.
+        active: Experts that one token goes through.
+        expert_targets: How many of the targets are experts, the last ones; see :func:`with_experts`.
+        lookup: Numbers of the input embedding, which multiply nothing; 0 where it is the output embedding as well.
+        attention: Heads times the width of a head, in one block; 0 where it is not known.
     """
 
     parameters: int
@@ -40,6 +48,22 @@ class ModelSize:
     hidden: int
     vocabulary: int
     shared: bool = True
+    experts: tuple[tuple[int, int, int], ...] = ()
+    active: int = 0
+    expert_targets: int = 0
+    lookup: int = 0
+    attention: int = 0
+
+    @property
+    def expert_parameters(self) -> int:
+        """Numbers in the experts, targets or not."""
+        return sum(count * rows * columns for count, rows, columns in self.experts)
+
+    @property
+    def active_share(self) -> float:
+        """Share of the experts that one token goes through; 1 without any."""
+        count = max((count for count, _, _ in self.experts), default=0)
+        return min(1.0, self.active / count) if count else 1.0
 
     @property
     def target_parameters(self) -> int:
@@ -100,6 +124,9 @@ class RunShape:
         reallocated: Share that is kept after a re-allocation during the fit, ``None`` without one.
         training_batches: Whether batches of the training are of the same shape; if it is not known, nothing that grows
             with them is counted.
+        training_steps: Batches that each process trains on; 0 where it is not known.
+        checkpoints: Checkpoints of the training that are kept.
+        epochs: Passes of the refinement over the calibration text.
     """
 
     keep_ratio: float
@@ -118,6 +145,9 @@ class RunShape:
     refined: bool = False
     reallocated: float | None = None
     training_batches: bool = True
+    training_steps: int = 0
+    checkpoints: int = 1
+    epochs: int = 1
 
     @property
     def backward(self) -> bool:
@@ -138,6 +168,34 @@ class RunShape:
     def final_ratio(self) -> float:
         """Share of the target matrices' parameters that is exported."""
         return self.keep_ratio if self.reallocated is None else self.reallocated
+
+
+def with_experts(size: ModelSize) -> ModelSize:
+    """The same model with every expert's matrix a target of its own: one more matrix, second moment and input each."""
+    each = [(rows, columns) for count, rows, columns in size.experts for _ in range(count)]
+    return replace(
+        size,
+        matrices=(*size.matrices, *each),
+        moments=(*size.moments, *(min(matrix) for matrix in each)),
+        inputs=(*size.inputs, *(columns for _, columns in each)),
+        expert_targets=len(each),
+    )
+
+
+def of_one_token(size: ModelSize, count: Callable[[ModelSize], int]) -> int:
+    """``count`` of the targets that one token goes through: of those that are experts, their active share."""
+    if not size.expert_targets:
+        return count(size)
+    plain = replace(
+        size,
+        matrices=size.matrices[: -size.expert_targets],
+        moments=size.moments[: -size.expert_targets],
+        inputs=size.inputs[: -size.expert_targets],
+        expert_targets=0,
+        experts=(),
+    )
+    rest = count(plain)
+    return rest + math.ceil((count(size) - rest) * size.active_share)
 
 
 def uniform_rank(rows: int, columns: int, keep_ratio: float) -> int:
@@ -255,14 +313,26 @@ def refining_bytes(size: ModelSize, run: RunShape) -> int:
 
 def _block_activations(size: ModelSize, run: RunShape, recovery: Recovery, width: int) -> int:
     """Bytes per token of all blocks, at ``width`` bytes per number."""
+    own = of_one_token(size, lambda targets: _target_activations(targets, run, recovery, width))
+    norms = (4 if recovery.trained == "all" else 2) * 4 * size.hidden * size.blocks
+    return own + norms + width * _expert_numbers(size)
+
+
+def _expert_numbers(size: ModelSize) -> int:
+    """Numbers per token that experts which are no targets keep: input and output of those that it goes through."""
+    if size.expert_targets:
+        return 0
+    return sum(min(count, size.active) * (rows + columns) for count, rows, columns in size.experts)
+
+
+def _target_activations(size: ModelSize, run: RunShape, recovery: Recovery, width: int) -> int:
     adapters = recovery.trained == "adapters"
     reading = 4 if adapters else width
     inputs = sum(size.inputs) if reading == width else sum(columns for _, columns in size.matrices)
     ranks = sum(training_ranks(size, run)) * (1 if run.reallocated is None else 2)
     outputs = sum(rows for rows, _ in size.matrices)
     beside = 2 * 4 * recovery.adapter_rank * len(size.matrices) if adapters else 0
-    norms = (4 if recovery.trained == "all" else 2) * 4 * size.hidden * size.blocks
-    return reading * (inputs + ranks) + width * outputs + beside + norms
+    return reading * (inputs + ranks) + width * outputs + beside
 
 
 def logit_bytes(size: ModelSize, run: RunShape, *, backward: bool) -> int:
@@ -315,9 +385,10 @@ def backward_bytes(size: ModelSize, run: RunShape) -> int:
     result); of every block, its two normalised hidden states in float32. The moments ``fisher`` and ``weight_gradient``
     keep the inputs too. An attention that keeps its scores (``eager``) needs more.
     """
-    outputs = sum(rows for rows, _ in size.matrices) + size.blocks * max(rows for rows, _ in size.matrices)
-    inputs = sum(size.inputs) if run.moments & {"fisher", "weight_gradient"} else 0
-    return run.tokens * (run.weight_bytes * (outputs + inputs) + 2 * 4 * size.hidden * size.blocks)
+    reads = bool(run.moments & {"fisher", "weight_gradient"})
+    kept = of_one_token(size, lambda own: sum(rows for rows, _ in own.matrices) + reads * sum(own.inputs))
+    kept += size.blocks * max(rows for rows, _ in size.matrices) + _expert_numbers(size)
+    return run.tokens * (run.weight_bytes * kept + 2 * 4 * size.hidden * size.blocks)
 
 
 def vector_bytes(size: ModelSize, *, components: bool = False) -> int:
@@ -337,3 +408,36 @@ def workspace_bytes(size: ModelSize) -> int:
 def block_width(size: ModelSize) -> int:
     """Numbers per token that one block holds at most: the widest target's input and output, two hidden states."""
     return 2 * size.hidden + max(rows + columns for rows, columns in size.matrices)
+
+
+def token_flops(size: ModelSize, length: int, keep_ratio: float = 1.0) -> int:
+    """Floating-point operations of one token's forward pass, a multiplication and an addition being two: ``2 P`` and,
+    for the scores and their use, ``4 L h`` in every block.
+
+    ``P`` are the numbers that a token meets: no input embedding, of the experts the active ones, of the targets
+    ``keep_ratio``. ``L`` is the length of the sequence (all positions: causal kernels may do half), ``h`` the heads'
+    width together.
+    """
+    experts = size.expert_parameters
+    targets = size.target_parameters - (experts if size.expert_targets else 0)
+    rest = size.parameters - size.lookup - experts - targets
+    active = experts * size.active_share * (keep_ratio if size.expert_targets else 1.0)
+    return int(2 * (rest + keep_ratio * targets + active)) + 4 * length * size.attention * size.blocks
+
+
+def statistics_flops(size: ModelSize, moments: frozenset[str]) -> int:
+    """Operations of one token for the statistics: it adds one product to every number of them."""
+    return 2 * of_one_token(size, lambda own: statistics_bytes(own, moments)) // 8
+
+
+def decomposition_flops(size: ModelSize, *, two_sided: bool = False) -> int:
+    """Operations in float64 to decompose all targets, to leading order: with ``s = min(m, n)``, eigenvectors of a
+    symmetric matrix at ``9 s^3`` (Golub and Van Loan, section 8.3) and ``6 m n s`` for its products; in a two-sided
+    metric one more decomposition, and ``2 m n max(m, n)``.
+    """
+    total = 0
+    for rows, columns in size.matrices:
+        side = min(rows, columns)
+        total += 9 * side**3 + 6 * rows * columns * side
+        total += (9 * side**3 + 2 * rows * columns * max(rows, columns)) if two_sided else 0
+    return total

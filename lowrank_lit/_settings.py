@@ -114,9 +114,11 @@ def short(message: str) -> str:
 def one_line(text: str) -> str:
     """The text with its white space made single spaces, cut at 300 characters.
 
-    Of the parser's list of what went wrong with each form that a setting may have, the first: the recipes' form.
+    Of the parser's list of what went wrong with each form that a setting may have, the first: the recipes' form; a
+    name is passed over where it was a class, such as a strategy, that has refused its own settings.
     """
-    refused = re.search(r"Errors:\s*- (.*?)(?=\n\s*- |\n\s*Given value|\Z)", text, re.DOTALL)
+    passed = r"(?:Expected a <class 'str'>\s*- (?!Expected|Not ))?"
+    refused = re.search(rf"Errors:\s*- {passed}(.*?)(?=\n\s*- |\n\s*Given value|\Z)", text, re.DOTALL)
     return _clip(" ".join((refused.group(1) if refused else text).split()), 300)
 
 

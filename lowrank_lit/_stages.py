@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lowrank_lit._checkpoints import newest_checkpoint, resolve_checkpoint
-from lowrank_lit._dry_run import compression_callback, dry_run_report
+from lowrank_lit._dry_run import compression_callback, dry_run_report, without_devices
 from lowrank_lit._prediction import predicted_plan, show_prediction
 from lowrank_lit._scripts import clash
 from lowrank_lit._session import RecipeCLI, build
@@ -122,13 +122,16 @@ def plan(
     dry_run: bool = False,
     config_json: str | None = None,
     path: str | None = None,
+    **counted: Any,
 ) -> int:
-    """Ranks of every matrix, or with ``dry_run`` what a run will need."""
+    """Ranks of every matrix, or with ``dry_run`` what a run will need, ``counted`` as the options say."""
     settings = read_settings(recipe, overrides)
-    cli = build(recipe, settings, flags)
     if dry_run:
-        print(dry_run_report(cli, config_json))
+        asked = counted.get("accelerator") or counted.get("gpus")
+        cli = build(recipe, without_devices(settings) if asked else settings, flags)
+        print(dry_run_report(cli, config_json, **counted))
         return 0
+    cli = build(recipe, settings, flags)
     compression = compression_callback(cli, recipe)
     cli.datamodule.prepare_data()
     batches = cli.datamodule.calibration_batches()

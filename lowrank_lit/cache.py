@@ -1,11 +1,13 @@
 """A compression on disk: its plan, factors and record, so that the same compression is never computed twice.
 
 A folder holds ``plan.json``, ``factors.safetensors`` and ``record.json``; the record is written last and marks the
-others complete.
+others complete. The factors carry a hash of themselves and of the plan, so that an edited or damaged folder is not
+taken. Until they are there, ``calibration.safetensors`` may hold what an interrupted compression goes on from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import warnings
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank_lit import distributed
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import LowRankError
+from lowrank_lit.kept import CALIBRATION_FILE, is_intact, read_tensors, write_tensors
 from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.surgery import apply_plan, bias_of
@@ -34,25 +38,23 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
         result: What made it.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     tensors = {
         f"{name}.{key}": value.detach().cpu().contiguous()
         for name, layer in _layers(model, result.plan)
         for key, value in layer.state_dict().items()
     }
-    partial, written = folder / f"{_FACTORS}.part", folder / f"{_RECORD}.part"
+    written = folder / f"{_RECORD}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _RECORD).unlink(missing_ok=True)
-        save_file(tensors, partial)
-        os.replace(partial, folder / _FACTORS)
+        write_tensors(folder / _FACTORS, tensors, {"plan": _plan_hash(result.plan)})
         result.plan.save(folder / _PLAN)
         written.write_text(json.dumps(result.record, indent=1), encoding="utf-8")
         os.replace(written, folder / _RECORD)
+        (folder / CALIBRATION_FILE).unlink(missing_ok=True)
     except (OSError, LowRankError, SafetensorError) as error:
         with suppress(OSError):  # the folder may be what cannot be written, or no folder at all
-            partial.unlink(missing_ok=True)
             written.unlink(missing_ok=True)
         warnings.warn(
             f"the compressed factors could not be kept in '{folder}' ({error}); a second run will calibrate again",
@@ -63,18 +65,25 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
 def load_compression(folder: Path, model: nn.Module, identity: str) -> CompressionResult | None:
     """Factor ``model`` in place from a saved compression with the fingerprint ``identity``.
 
+    Processes that cooperate read the folder each, and take the compression only where all of them find it.
+
     Returns:
         The result, or ``None``, with the model untouched, where the folder holds no complete compression of that
-        fingerprint.
+        fingerprint, or one that is not what was written.
     """
-    found = _read(folder, identity)
-    if found is None:
+    with distributed.together("reading the kept compression"):
+        found = _checked(folder, model, identity)
+    everywhere = distributed.gather("reading the kept compression", found is not None)
+    if found is None or not all(everywhere):
+        if any(everywhere) and distributed.rank() == 0:
+            missing = ", ".join(str(number) for number, there in enumerate(everywhere) if not there)
+            warnings.warn(
+                f"processes {missing} do not find the kept compression in '{folder}'; calibrating again (a folder that "
+                "all machines share spares that)",
+                stacklevel=2,
+            )
         return None
     plan, tensors, record = found
-    plan.check(model)
-    if {key: tuple(value.shape) for key, value in tensors.items()} != _shapes(model, plan):
-        warnings.warn(f"the factors in '{folder}' do not fit their plan; calibrating again", stacklevel=2)
-        return None
     frozen = {
         matrix.name for matrix in plan.matrices if not next(model.get_submodule(matrix.name).parameters()).requires_grad
     }
@@ -85,6 +94,30 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
             for key, value in layer.state_dict().items():
                 value.copy_(tensors[f"{name}.{key}"])
     return CompressionResult(plan, record)
+
+
+def _checked(
+    folder: Path, model: nn.Module, identity: str
+) -> tuple[RankPlan, dict[str, Tensor], dict[str, Any]] | None:
+    """Plan, factors and record, if they belong together and to the dense model."""
+    found = _read(folder, identity)
+    if found is None:
+        return None
+    plan, tensors, metadata, record = found
+    plan.check(model)
+    reason = ""
+    if {key: tuple(value.shape) for key, value in tensors.items()} != _shapes(model, plan):
+        reason = "do not fit their plan"
+    elif metadata.get("plan") != _plan_hash(plan) or not is_intact(tensors, metadata):
+        reason = "do not match the hash that was written with them, or their plan does not: the folder was changed"
+    if reason:
+        warnings.warn(f"the factors in '{folder}' {reason}; calibrating again", stacklevel=3)
+        return None
+    return plan, tensors, record
+
+
+def _plan_hash(plan: RankPlan) -> str:
+    return hashlib.sha256(json.dumps(plan.to_dict(), sort_keys=True).encode()).hexdigest()
 
 
 def kept_record(folder: Path, identity: str) -> dict[str, Any] | None:
@@ -98,9 +131,8 @@ def kept_record(folder: Path, identity: str) -> dict[str, Any] | None:
         return None
 
 
-def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dict[str, Any]] | None:
+def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dict[str, str], dict[str, Any]] | None:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if not all((folder / name).is_file() for name in (_PLAN, _FACTORS, _RECORD)):
         return None
@@ -108,12 +140,12 @@ def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dic
         plan = RankPlan.load(folder / _PLAN)
         if plan.fingerprint != identity:
             return None
-        tensors = load_file(folder / _FACTORS)
+        tensors, metadata = read_tensors(folder / _FACTORS)
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         warnings.warn(f"the kept compression in '{folder}' cannot be read ({error}); calibrating again", stacklevel=3)
         return None
-    return plan, tensors, record
+    return plan, tensors, metadata, record
 
 
 def _shapes(model: nn.Module, plan: RankPlan) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_lit import distributed
 from lowrank_lit.errors import DataError, warn_caller
 from lowrank_lit.gradients import (
     GradientCollector,
@@ -26,15 +27,19 @@ from lowrank_lit.gradients import (
     next_token_loss,
     require_next_token_model,
 )
+from lowrank_lit.linalg import require_finite
+from lowrank_lit.paging import Workspace, release
 from lowrank_lit.residual import BlockCosine, ResidualWatcher, find_repeating_blocks, resolve_importance
 from lowrank_lit.statistics import (
     BACKWARD_MOMENTS,
     FORWARD_MOMENTS,
+    GradientSums,
     InputSums,
     LayerStatistics,
     check_moments,
     full_float32,
     real_tokens,
+    stored_statistics,
 )
 from lowrank_lit.streaming import (
     POSITIONAL,
@@ -43,9 +48,11 @@ from lowrank_lit.streaming import (
     BlockCalls,
     capture_calls,
     each_in_one_block,
+    ending_in,
     evaluating,
     layers_inside,
     moved,
+    moved_around,
     real_positions,
     run_model,
     to_device,
@@ -168,6 +175,7 @@ def calibrate(
     importance: bool,
     device: torch.device | str | None = None,
     loss: Loss | None = None,
+    workspace: Workspace | None = None,
 ) -> Calibration:
     """Collect statistics of ``layers`` over ``batches``, in one pass, whatever is asked for.
 
@@ -185,6 +193,13 @@ def calibrate(
     ===================  ======================================================================  ==========
 
     What needs gradients takes one forward and one backward of the whole model on its device; weights get no gradient.
+    With a workspace it goes block by block too: a forward that keeps what every block was fed, and a backward that
+    computes one block after the other again, the last one first.
+
+    Processes that cooperate (:mod:`lowrank_lit.distributed`) read a share of the batches each, and all get the
+    statistics of all. The share is of whole batches, never a part of one: kernels round by the number of their rows,
+    and the statistics of any number of processes are to differ by the order of float64 sums alone. With fewer batches
+    than processes some have nothing to read.
 
     Args:
         model: Called with each batch as keyword arguments.
@@ -197,9 +212,11 @@ def calibrate(
         device: Where to compute; ``None`` is where the model is.
         loss: Where gradients are needed: the loss summed over target tokens, in nats. ``None`` is
             :func:`~lowrank_lit.gradients.next_token_loss`.
+        workspace: Where statistics, and block inputs beyond its budget, wait; ``None`` keeps all in memory. The weights
+            of a block that are mapped from a file are dropped from memory after it.
 
     Raises:
-        LowRankError: If a moment is unknown.
+        LowRankError: If a moment is unknown, or the workspace is full.
         NonFiniteError: If activations or gradients are NaN or infinite; names the layer.
         DataError: If no token reaches some layer.
         GradientError: If there is no next-token loss to differentiate, or its gradients vanish.
@@ -207,18 +224,51 @@ def calibrate(
     check_moments(moments)
     if not moments and not importance:
         return Calibration()
-    collector = _Collector(layers, weight_of, moments, watch=importance)
+    collector = _Collector(layers, weight_of, moments, watch=importance, workspace=workspace)
     blocks = find_repeating_blocks(model)
-    with evaluating(model), torch.no_grad():
-        if moments & BACKWARD_MOMENTS:
-            _run_whole(model, batches, collector, blocks, device, _checked_loss(loss, model, batches, device))
+    for batch in batches:
+        collector.count(batch)
+    mine = own_share(batches)
+    own = [batches[number] for number in mine]
+    with distributed.together("calibration"), evaluating(model), torch.no_grad():
+        backward = bool(moments & BACKWARD_MOMENTS)
+        checked = _checked_loss(loss, model, batches, device) if backward else None
+        streamed = each_in_one_block(layers, blocks) and (workspace is not None or not backward)
+        checked = None if checked is None else _in_turn(checked, batches, mine)
+        calls = capture_calls(model, blocks, own or batches[:1]) if streamed else None
+        chained = all(distributed.gather("the model's blocks", calls is not None))
+        if calls is None or not chained:
+            _run_whole(model, own, collector, blocks, device, checked)
             return collector.finish("whole")
-        calls = capture_calls(model, blocks, batches) if each_in_one_block(layers, blocks) else None
-        if calls is None:
-            _run_whole(model, batches, collector, blocks, device)
-            return collector.finish("whole")
-        _run_blocks(calls, blocks, batches, collector, device)
-    return collector.finish("blocks")
+        calls = calls[: len(own)]
+        if collector.watcher is not None:
+            collector.cosines = BlockCosine(dict(blocks))
+        if checked is None:
+            _run_blocks(calls, blocks, own, collector, device)
+        else:
+            _run_blocks_back(model, calls, blocks, own, collector, device, checked)
+        return collector.finish("blocks")
+
+
+def own_share(batches: Sequence[Batch]) -> list[int]:
+    """Numbers of the batches that this process reads, in order; all of them where it is alone."""
+    readers = distributed.owners([float(next(iter(batch.values())).numel()) for batch in batches])
+    return [number for number, reader in enumerate(readers) if reader == distributed.rank()]
+
+
+def _in_turn(loss: Loss, batches: Sequence[Batch], mine: Sequence[int]) -> Loss:
+    """The loss of the batches ``mine``, called in this order, with labels as in one process that reads them all."""
+    if not isinstance(loss, SampledTokenLoss):
+        return loss
+    following = iter(zip((-1, *mine), mine, strict=False))
+
+    def of_own(model: nn.Module, batch: Batch) -> Tensor:
+        before, number = next(following)
+        for other in range(before + 1, number):
+            loss.skip(batches[other])
+        return loss(model, batch)
+
+    return of_own
 
 
 def _checked_loss(
@@ -235,9 +285,17 @@ class _Collector:
     """Owns the hooks and sums of one calibration."""
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], weight_of: WeightOf, moments: frozenset[str], *, watch: bool
+        self,
+        layers: Mapping[str, nn.Module],
+        weight_of: WeightOf,
+        moments: frozenset[str],
+        *,
+        watch: bool,
+        workspace: Workspace | None = None,
     ) -> None:
         self.layers = layers
+        self.workspace = workspace
+        self.wanted = moments
         self.weight_of = weight_of
         self.moments = moments & FORWARD_MOMENTS
         self.gradients = GradientCollector(moments, weight_of) if moments & BACKWARD_MOMENTS else None
@@ -302,10 +360,7 @@ class _Collector:
         owner = self._owner.setdefault(name, sharer if last is x else name)
         if owner != name:
             if last is not x:  # adding nothing here would leave these tokens out of the sum
-                raise DataError(
-                    f"layer '{name}' shares its input with '{owner}' in one forward and not in another; "
-                    "leave it out of targets"
-                )
+                _check_owner(name, owner, name)
             return
         if name not in self._sums:
             self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
@@ -314,16 +369,42 @@ class _Collector:
         if sums.outputs is None:  # a moment of the outputs is the layer's own
             self._last = (x, name)
 
+    def _merge(self, layers: Mapping[str, nn.Module]) -> None:
+        """Add up the sums of ``layers`` over all processes. One whose share does not reach a layer, such as an expert,
+        adds zeros."""
+        if distributed.size() == 1:
+            return
+        gradients = {} if self.gradients is None else self.gradients.sums
+        owners = {name: owner for name, owner in self._owner.items() if name in layers}
+        columns = {name: sums.columns for name, sums in self._sums.items()}
+        shapes = {name: sums.shape for name, sums in gradients.items()}
+        seen = distributed.gather("the sums of calibration", (owners, columns, shapes))
+        for owners, _, _ in seen:
+            for name, owner in owners.items():
+                _check_owner(name, owner, self._owner.setdefault(name, owner))
+        # In the same order everywhere: for the sums, and for the layer that an error names.
+        for name, size in {name: size for _, found, _ in seen for name, size in found.items()}.items():
+            inputs = self._sums.pop(name, None) or _no_inputs(self, layers[name], size)
+            inputs.reduce(distributed.add_up)
+            self._sums[name] = inputs
+        for name, shape in {name: shape for _, _, found in seen for name, shape in found.items()}.items():
+            sums = gradients.pop(name, None) or GradientSums(self.wanted, *shape, _place(layers[name]))
+            sums.reduce(distributed.add_up)
+            gradients[name] = sums
+
     def _close(self, layers: Mapping[str, nn.Module]) -> None:
         """Turn the sums of ``layers`` into statistics and let the sums go."""
+        self._merge(layers)
         own = {name: LayerStatistics(sums.tokens, **sums.means()) for name, sums in self._sums.items()}
         self._sums.clear()
-        gradients = {} if self.gradients is None else self.gradients.sums
+        called = () if self.gradients is None else tuple(self.gradients.sums)
+        gradients = {name: self.gradients.take(name) for name in called} if self.gradients is not None else {}
         for name in layers if self.moments or self.gradients is not None else ():
+            sums = gradients.get(name)
             if self.moments:
                 statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
             else:
-                statistics = LayerStatistics(gradients[name].tokens if name in gradients else 0)
+                statistics = LayerStatistics(0 if sums is None else sums.tokens)
             if statistics.tokens == 0:
                 raise DataError(
                     f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it"
@@ -332,18 +413,53 @@ class _Collector:
             self._results[name] = statistics
         # After all inputs: a NaN in one layer's outputs is one in every layer's gradients.
         for name, sums in gradients.items():
-            self._results[name] = replace(self._results[name], **sums.means())
-            self._results[name].check(name)
-        if self.gradients is not None:
-            self.gradients.check_gradients()
+            if sums is not None:
+                self._results[name] = replace(self._results[name], **sums.means())
+                self._results[name].check(name)
+        if self.workspace is not None:
+            self._results |= stored_statistics({name: self._results[name] for name in layers}, self.workspace.keep)
 
     def finish(self, mode: str) -> Calibration:
+        if self.gradients is not None:
+            self.gradients.check_gradients()
+        results = {name: self._results[name] for name in self.layers if name in self._results}
         notes: tuple[str, ...] = ()
         importance: dict[str, float] = {}
         if self.watcher is not None:
-            fallback = {} if self.cosines is None else self.cosines.importance()
-            importance, notes = resolve_importance(list(self.layers), self.watcher.importance(), fallback)
-        return Calibration(self._results, importance, self.tokens, mode, notes)
+            watcher, cosines = _merged(self.watcher, self.cosines)
+            fallback = {} if cosines is None else cosines.importance()
+            importance, notes = resolve_importance(list(self.layers), watcher.importance(), fallback)
+        return Calibration(results, importance, self.tokens, mode, notes)
+
+
+def _check_owner(name: str, owner: str, other: str) -> None:
+    """Check that a layer shares its input with the same one always."""
+    if owner != other:
+        raise DataError(
+            f"layer '{name}' shares its input with '{owner if owner != name else other}' in one forward and not in "
+            "another; leave it out of targets"
+        )
+
+
+def _no_inputs(collector: _Collector, layer: nn.Module, columns: int) -> InputSums:
+    return InputSums(collector.moments, lambda: collector.weight_of(layer).shape[0], columns, _place(layer))
+
+
+def _place(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _merged(watcher: ResidualWatcher, cosines: BlockCosine | None) -> tuple[ResidualWatcher, BlockCosine | None]:
+    """Watchers with the sums of all processes, added in the order of the processes everywhere."""
+    if distributed.size() == 1:
+        return watcher, cosines
+    own = [dict(sums) for sums in (watcher.sums, {} if cosines is None else cosines.sums)]
+    whole, of_blocks = watcher.empty(), None if cosines is None else cosines.empty()
+    for branches, blocks in distributed.gather("the importance of the modules", own):
+        whole.merge(branches)
+        if of_blocks is not None:
+            of_blocks.merge(blocks)
+    return whole, of_blocks
 
 
 def _run_whole(
@@ -359,7 +475,6 @@ def _run_whole(
         collector.cosines = BlockCosine(dict(blocks))
     with moved(model, device) as place, collector.on(collector.layers):
         for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None, leave=False):
-            collector.count(batch)
             inputs = to_device(dict(batch), place)
             if loss is None or collector.gradients is None:
                 with collector.batch(inputs, place):
@@ -379,16 +494,87 @@ def _run_blocks(
     collector: _Collector,
     device: torch.device | str | None,
 ) -> None:
-    for batch in batches:
-        collector.count(batch)
-    if collector.watcher is not None:
-        collector.cosines = BlockCosine(dict(blocks))
     progress = tqdm(blocks, desc="calibrating", unit="block", disable=None, leave=False)
     for index, (_, block) in enumerate(progress):
         with moved(block, device) as place, collector.on(layers_inside(collector.layers, block)):
             for call, batch in zip(calls, batches, strict=True):
                 with collector.batch(batch, place):
                     call.step(block, index, place)
+        if collector.workspace is not None:
+            _put_away(calls, collector.workspace)
+            release(block.parameters())
+
+
+def _run_blocks_back(
+    model: nn.Module,
+    calls: list[BlockCalls],
+    blocks: Sequence[Block],
+    batches: Sequence[Batch],
+    collector: _Collector,
+    device: torch.device | str | None,
+    loss: Loss,
+) -> None:
+    """A forward and a backward, both one block at a time; what each block was fed waits in the workspace."""
+    assert collector.workspace is not None
+    assert collector.gradients is not None
+    fed: list[list[Tensor]] = []
+    for index, (_, block) in enumerate(tqdm(blocks, desc="forward", unit="block", disable=None, leave=False)):
+        _put_away(calls, collector.workspace, beside=sum(state.nbytes for states in fed for state in states))
+        fed.append([call.states for call in calls])
+        with moved(block, device) as place:
+            for call in calls:
+                call.hidden = call.run(block, index, call.states, place)
+        release(block.parameters())
+    gradients = []
+    with moved_around(model, blocks, device) as place:
+        for call, batch in zip(calls, batches, strict=True):
+            states = call.states.detach().to(place).requires_grad_()
+            call.hidden = None
+            with frozen(model), ending_in(blocks, call, states):
+                value = loss(model, to_device(dict(batch), place))
+            if not bool(torch.isfinite(value).all()):
+                _blame(blocks, fed, states)
+            collector.gradients.check_loss(value)
+            value.backward()  # type: ignore[no-untyped-call]
+            assert states.grad is not None
+            gradients.append(states.grad)
+    release(model.parameters())
+    backwards = tqdm(range(len(blocks) - 1, -1, -1), desc="backward", unit="block", disable=None, leave=False)
+    for index in backwards:
+        block = blocks[index][1]
+        with moved(block, device) as place, collector.on(layers_inside(collector.layers, block)):
+            for number, (call, batch) in enumerate(zip(calls, batches, strict=True)):
+                with frozen(block):
+                    states = fed[index][number].to(place).detach().requires_grad_()
+                    with collector.batch(batch, place):
+                        output = call.run(block, index, states, place)
+                    output.backward(gradients[number])
+                assert states.grad is not None
+                gradients[number] = states.grad
+                call.forget(index)
+        fed.pop()
+        release(block.parameters())
+
+
+def _put_away(calls: Sequence[BlockCalls], workspace: Workspace, beside: int = 0) -> None:
+    """Move hidden states into the workspace, as many batches as are over its budget for them.
+
+    Args:
+        calls: Whose states.
+        workspace: Its ``budget`` counts.
+        beside: Bytes of other states.
+    """
+    for call in calls:
+        beside += call.states.nbytes
+        if beside > workspace.budget:
+            call.hidden = workspace.keep({"states": call.states})["states"]
+
+
+def _blame(blocks: Sequence[Block], fed: Sequence[Sequence[Tensor]], last: Tensor) -> None:
+    """Name the first block whose outputs are not finite."""
+    for (name, _), states in zip(blocks, (*fed[1:], [last]), strict=True):
+        for state in states:
+            require_finite(state, f"the hidden states after block '{name}' on the calibration text")
 
 
 def check_tokens(tokens: int, widest: int, name: str, least: int) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ Low-rank compression of language models with PyTorch Lightning.
   compress  the recipe without recovery
   evaluate  perplexity of the dense and of the exported model
   export    a Lightning checkpoint as a Hugging Face folder
+  convert   the same without a recipe, also of a folder of DeepSpeed's: CHECKPOINT --model MODEL --output FOLDER
   plan      ranks of every matrix and the predicted loss; with --dry-run counts, memory and disk from the configuration
   sweep     perplexity over metrics, allocators, keep ratios and presets, from one calibration pass per draw
   doctor    versions, device and who answers to `lightning`
@@ -67,7 +68,21 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "action": "store_true",
                 "help": "reads no weights and no text: parameters, memory of each stage, disk, from the configuration",
             },
-            "--config_json": {"help": "with --dry-run: the model's config.json, where it is not on this machine"},
+            "--config_json": {
+                "metavar": "FILE_OR_NAME",
+                "help": "with --dry-run: the model's config.json, where it is not on this machine, or the name of one "
+                "that the package carries, such as llama-3-70b",
+            },
+            "--accelerator": {
+                "metavar": "cuda|cpu",
+                "help": "with --dry-run: what to count for, whatever is here (default: what the recipe takes here)",
+            },
+            "--gpus": {"metavar": "N,N", "help": "with --dry-run: numbers of GPUs to count for, such as 1,8,64"},
+            "--experts": {"action": "store_true", "help": "with --dry-run: count a mixture's experts as targets"},
+            "--measure-rate --measure_rate": {
+                "action": "store_true",
+                "help": "with --dry-run: multiply matrices here for four seconds, and show times at that rate",
+            },
             "--path": {"help": "file to write (default: plan.json in trainer.default_root_dir)"},
         },
     ),
@@ -216,9 +231,12 @@ def _command(argv: list[str]) -> int:
         from lowrank_lit._stages import doctor
 
         return doctor()
+    if name == "convert":
+        return _convert(rest)
     if name not in _COMMANDS:
-        close = nearest(name, [*_COMMANDS, "doctor"])
-        hint = f"did you mean '{close}'?" if close else f"choose one of {', '.join([*_COMMANDS, 'doctor'])}"
+        known = [*_COMMANDS, "convert", "doctor"]
+        close = nearest(name, known)
+        hint = f"did you mean '{close}'?" if close else f"choose one of {', '.join(known)}"
         raise RecipeError(f"unknown command '{name}'; {hint}")
     return _recipe_command(name, rest)
 
@@ -244,6 +262,29 @@ def _recipe_command(name: str, arguments: list[str]) -> int:
     from lowrank_lit import _stages
 
     return _stages.STAGES[name](path, overrides, flags, **vars(known))
+
+
+def _convert(arguments: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="lowrank-lit convert",
+        description="Writes a checkpoint as a Hugging Face folder: adapters merged, a folder of DeepSpeed's gathered, "
+        "whatever number of processes wrote it. Ranks and adapters are read from the checkpoint. The parts of a "
+        "checkpoint of ZeRO stage 3 are pickles: convert none that you do not trust.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("checkpoint", help="file or folder that ModelCheckpoint wrote")
+    parser.add_argument("--model", required=True, help="folder or hub name of the model that the run began with")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the stored weights (default: auto, that of the model)",
+    )
+    known = vars(parser.parse_args(arguments))
+    from lowrank_lit._convert import convert
+
+    return convert(known.pop("checkpoint"), **known)
 
 
 class _OneLineParser(argparse.ArgumentParser):

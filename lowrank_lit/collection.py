@@ -10,26 +10,30 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_lit import distributed
 from lowrank_lit.allocation import MatrixSpec
 from lowrank_lit.calibration import Calibration, as_batches, calibrate, check_tokens, split_single
 from lowrank_lit.errors import DataError, GradientError, ModelError, reason_of, warn_caller
 from lowrank_lit.evidence import component_changes, places_of, specs_of
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
+from lowrank_lit.kept import CALIBRATION_FILE, load_calibration, save_calibration
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.linalg import require_finite
 from lowrank_lit.metrics import moments_of
+from lowrank_lit.paging import Workspace, release
 from lowrank_lit.probes import divergences, loss_tables
 from lowrank_lit.refit import anchored_refit, substituted
 from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
-from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics
+from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics, stored_statistics, tensors_of
 from lowrank_lit.streaming import POSITIONAL, Batch, each_in_one_block, moved
 from lowrank_lit.surgery import Target, dense_weight, find_targets
 
@@ -76,12 +80,15 @@ class Collection:
         batches: Calibration batches, see :func:`lowrank_lit.compress`.
         targets: Shell patterns of layer names, or ``None``.
         device: Where to compute; ``None`` is where the model is.
+        workspace: Where what waits for the plan is kept; ``None`` is in memory.
 
     Attributes:
         targets: The matrices by layer name.
         layers: Their layers.
         places: See :func:`lowrank_lit.evidence.places_of`.
         mode: How the dense model was calibrated, see :class:`lowrank_lit.calibration.Calibration`.
+        resume: Folder in which the statistics of the dense model wait for the end of the compression, and its
+            fingerprint; a run that was interrupted goes on from them. ``None`` keeps none.
         costs: So far; whoever makes a plan puts a new one here.
 
     Raises:
@@ -96,8 +103,10 @@ class Collection:
         batches: Sequence[Any],
         targets: Sequence[str] | None,
         device: torch.device | str | None,
+        workspace: Workspace | None = None,
     ) -> None:
         self.model = model
+        self.workspace = workspace
         _check_model(model)
         self.batches = split_single(as_batches(batches))
         _check_ids(model, self.batches)
@@ -107,6 +116,7 @@ class Collection:
         self.places = places_of(model, list(self.targets))
         require_finite_weights(model)
         self.mode = "none"
+        self.resume: tuple[Path, str] | None = None
         self.costs = Costs()
         self._calibrations: list[tuple[frozenset[str], bool, str, Calibration]] = []
         self._evidence: dict[tuple[Any, ...], Evidence] = {}
@@ -117,8 +127,25 @@ class Collection:
         for had, watched, drawn, found in self._calibrations:
             if moments <= had and (watched or not importance) and (drawn == labels or not moments & BACKWARD_MOMENTS):
                 return found
-        found = self._calibrate(moments, importance, labels, None)
+        found = self._resumed(moments, importance, labels)
         self._calibrations.append((moments, importance, labels, found))
+        return found
+
+    def _resumed(self, moments: frozenset[str], importance: bool, labels: str) -> Calibration:
+        """Statistics of the dense model that an interrupted run has left, or new ones."""
+        if self.resume is None:
+            return self._calibrate(moments, importance, labels, None)
+        folder, run = self.resume
+        identity = f"{run} {sorted(moments)} {importance} {labels}"
+        found = load_calibration(folder / CALIBRATION_FILE, identity)
+        everywhere = all(distributed.gather("kept statistics", found is not None))
+        if found is None or not everywhere:
+            found = self._calibrate(moments, importance, labels, None)
+            if distributed.rank() == 0:
+                save_calibration(folder / CALIBRATION_FILE, identity, found)
+        elif self.workspace is not None:
+            found = replace(found, statistics=stored_statistics(found.statistics, self.workspace.keep))
+        self.mode = found.mode
         return found
 
     def dense(self, settings: Settings) -> Evidence:
@@ -205,7 +232,9 @@ class Collection:
             if rank < spec.break_even:
                 own = dense_weight(self.layers[spec.name])
                 # All matrices at once, as many bytes as the model has: computed in float64, kept in its dtype.
-                found[spec.name] = _truncated(spectra[spec.name], own.to(self.device), rank).to(own)
+                cut = _truncated(spectra[spec.name], own.to(self.device), rank).to(own)
+                found[spec.name] = self._put({"cut": cut})["cut"]
+                self._release(own, *spectra[spec.name].tensors().values())
         return found
 
     def refitted(
@@ -222,7 +251,9 @@ class Collection:
             return _spectrum(settings, name, target, own).factors(target, rank_of[name], nested=True)
 
         weights = self.weights(specs, evidence.spectra, ranks)
-        found = anchored_refit(self.model, self.batches, self.layers, weights, statistics, fit, device=self.device)
+        # Blocks are fitted one after the other: where processes cooperate, each does it all, from the same numbers.
+        with distributed.together("refitting"):
+            found = anchored_refit(self.model, self.batches, self.layers, weights, statistics, fit, device=self.device)
         if found is None:
             note = f"feedback='anchored' was left out: {self._no_refit()}"
             warn_caller(note)
@@ -266,9 +297,15 @@ class Collection:
                 return _truncated(evidence.spectra[name], dense_weight(self.layers[name]), rank)
 
             measure = loss_tables if kind == "table" else divergences
-            values, passes = measure(self.model, self.batches, self.layers, specs, cut, device=self.device)
-            self._measured[key] = values
-            self.costs.passes["forward"] += passes
+            # Each process cuts its share of the matrices, and reads all the sequences.
+            measurers = distributed.owners([1.0] * len(specs))
+            own = [spec for spec, number in zip(specs, measurers, strict=True) if number == distributed.rank()]
+            with distributed.together("measuring"):
+                values, passes = measure(self.model, self.batches, self.layers, own, cut, device=self.device)
+            parts = distributed.gather("what was measured", (values, passes))
+            whole: dict[str, Any] = {name: value for part, _ in parts for name, value in part.items()}
+            self._measured[key] = {spec.name: whole[spec.name] for spec in specs if spec.name in whole}
+            self.costs.passes["forward"] += sum(spent for _, spent in parts)
             self.costs.spend("measure", started)
         return self._measured[key]
 
@@ -292,6 +329,7 @@ class Collection:
             importance=importance,
             device=self.device,
             loss=SampledTokenLoss() if labels == "model" else next_token_loss,
+            workspace=self.workspace,
         )
         if originals is None:
             self.mode = found.mode
@@ -300,25 +338,61 @@ class Collection:
         self.costs.spend("calibrate" if originals is None else "feedback", started)
         return found
 
+    def _put(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Where tensors wait: in the workspace, if there is one."""
+        return tensors if self.workspace is None else self.workspace.keep(tensors)
+
+    def _release(self, *tensors: Tensor) -> None:
+        """Drop from memory what is mapped from files, where memory is short."""
+        if self.workspace is not None:
+            release(tensors)
+
     def _decompose(self, settings: Settings, calibration: Calibration) -> Evidence:
+        """Spectra in these statistics; each process decomposes its share of the matrices, and all get all of them."""
         started = time.perf_counter()
+        found: dict[str, Mapping[str, Tensor]] = {}
+        specs = specs_of(self.targets, settings)
+        owner_of = dict(zip(self.layers, distributed.owners([_effort(spec) for spec in specs]), strict=True))
+        own = [name for name in self.layers if owner_of[name] == distributed.rank()]
+        kept = {spec.name: spec.break_even for spec in specs}
+        with distributed.together("decomposing"):
+            for name in tqdm(own, desc="decomposing", unit="matrix", disable=None, leave=False):
+                statistics = calibration.statistics.get(name)
+                found[name] = self._put(self._decomposed(settings, name, statistics, kept[name]))
+                moments = [] if statistics is None else tensors_of(statistics).values()
+                self._release(*self.layers[name].parameters(), *moments)
         spectra: dict[str, Spectrum] = {}
         changes: dict[str, Tensor] = {}
-        kept = {spec.name: spec.break_even for spec in specs_of(self.targets, settings)}
-        for name, layer in tqdm(self.layers.items(), desc="decomposing", unit="matrix", disable=None, leave=False):
-            with moved(layer, self.device), torch.no_grad():
-                weight = dense_weight(layer)
-                statistics = calibration.statistics.get(name)
-                spectrum = _spectrum(settings, name, weight, statistics)
-                gradient = None if statistics is None else statistics.weight_gradient
-                if gradient is not None:
-                    changes[name] = component_changes(spectrum, weight, gradient).cpu()
-            # The vectors of all matrices wait for the allocation together: in the weight's precision, float32 at least,
-            # and those that a rank below the break-even may keep.
-            precision = torch.promote_types(weight.dtype, torch.float32)
-            spectra[name] = spectrum.to("cpu", precision, components=kept[name])
+        for name, owner in owner_of.items():
+            tensors = distributed.handed_out("decomposing", owner, found.pop(name, None))
+            with distributed.together("decomposing"):
+                tensors = dict(tensors if owner == distributed.rank() else self._put(tensors))
+            if "changes" in tensors:
+                changes[name] = tensors.pop("changes")
+            spectra[name] = Spectrum(**tensors)
         self.costs.spend("decompose", started)
         return Evidence(calibration, spectra, changes or None)
+
+    def _decomposed(
+        self, settings: Settings, name: str, statistics: LayerStatistics | None, components: int
+    ) -> dict[str, Tensor]:
+        """Tensors of a matrix's spectrum, and ``changes`` where the gradient of the weight is known."""
+        layer = self.layers[name]
+        with moved(layer, self.device), torch.no_grad():
+            weight = dense_weight(layer)
+            spectrum = _spectrum(settings, name, weight, statistics)
+            gradient = None if statistics is None else statistics.weight_gradient
+            changes = {} if gradient is None else {"changes": component_changes(spectrum, weight, gradient).cpu()}
+        # The vectors of all matrices wait for the allocation together: in the weight's precision, float32 at least,
+        # and those that a rank below the break-even may keep.
+        precision = torch.promote_types(weight.dtype, torch.float32)
+        return {**spectrum.to("cpu", precision, components=components).tensors(), **changes}
+
+
+def _effort(spec: MatrixSpec) -> float:
+    """What decomposing a matrix costs, in a unit of its own: the moment's eigenvectors and the products around it."""
+    short, long = sorted((spec.rows, spec.columns))
+    return float(short) ** 2 * (10 * short + long)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -380,6 +454,7 @@ def require_finite_weights(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
             require_finite(parameter.detach(), f"the weight of layer '{name.removesuffix('.weight')}'")
+            release([parameter])
 
 
 def _without_gradients(statistics: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:

@@ -8,20 +8,28 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_lit import distributed
 from lowrank_lit._version import __version__
 from lowrank_lit.calibration import as_batches, count_sequences, count_tokens, split_single
 from lowrank_lit.errors import LowRankError
+from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings
-from lowrank_lit.streaming import Batch
+from lowrank_lit.streaming import Batch, paged
 from lowrank_lit.study import Draft, Study
 from lowrank_lit.surgery import count_parameters, stored_bytes, target_parameters
+
+_NO_PART = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})
+"""What a configuration says of files, or of how a model is run, and not of what it computes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,8 @@ def compress(
     *,
     keep_ratio: float,
     device: torch.device | str | None = None,
+    workspace: str | Path | None = None,
+    resume: str | Path | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Factor the linear layers of ``model`` in place, within a budget of parameters.
@@ -57,6 +67,7 @@ def compress(
     Each target weight ``W`` becomes two factors (or pivot rows and coefficients) of the rank that the allocator gave
     it, the best approximation of that rank in the metric; a matrix whose factors would store no less than the matrix
     itself stays dense. Nothing is replaced before everything has been computed, so an error leaves the model as it was.
+    The processes of a job share the work in :func:`lowrank_lit.distributed.cooperating`.
 
     Args:
         model: Any module made of ``nn.Linear`` (or transformers' ``Conv1D``) layers.
@@ -65,7 +76,14 @@ def compress(
             A single batch is split by its sequences, because ``feedback="anchored"`` holds a part of the text out.
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
         device: Where to calibrate and factor; ``None`` is where the model is. Statistics of activations alone take one
-            block at a time there, those of gradients the whole model.
+            block at a time there, those of gradients the whole model (with a workspace, one block at a time too).
+        workspace: Folder on a disk for what waits between the stages: statistics, spectra, factors, and hidden states
+            between blocks beyond 1 GiB. Memory then holds one block at a time of a model whose weights are mapped from
+            their files, which is what ``from_pretrained(..., dtype="auto")`` gives. The compressed model's factors are
+            mapped from there too; the files vanish with them. ``None`` keeps all in memory.
+        resume: Folder in which the statistics of the dense model are kept for a run that is interrupted after them: the
+            next one with the same model, text and settings goes on from there. :func:`lowrank_lit.cache.
+            save_compression` removes them. ``None`` keeps none.
         settings: Further fields of :class:`lowrank_lit.settings.Settings`: ``preset`` (``best``, ``fast``,
             ``unirank``), or ``metric``, ``allocator``, ``feedback``, ``rounds``, ``select``, ``storage``, ``targets``,
             ``min_rank``, ``quantum``, ``damping``, ``shrinkage``, ``alpha``, ``labels``, ``importance_of``,
@@ -82,17 +100,22 @@ def compress(
         NonFiniteError: If weights or activations are NaN or infinite; names the layer.
     """
     chosen = settings_of(keep_ratio, settings)
-    study = Study(model, batches, targets=chosen.targets, device=device)
-    identity = fingerprint(model, study.batches, chosen)
-    before = (count_parameters(model), stored_bytes(model))
-    draft = study.draft(chosen)
-    draft.plan = replace(draft.plan, fingerprint=identity)
-    study.apply(draft)
+    with ExitStack() as stack:
+        space = None if workspace is None else stack.enter_context(closing(Workspace(workspace)))
+        if space is not None:
+            stack.enter_context(paged(find_repeating_blocks(model)))
+        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
+        identity = fingerprint(model, study.batches, chosen)
+        study.collection.resume = None if resume is None else (Path(resume), identity)
+        before = (count_parameters(model), stored_bytes(model))
+        draft = study.draft(chosen)
+        draft.plan = replace(draft.plan, fingerprint=identity)
+        study.apply(draft)
     if hasattr(model, "save_pretrained") and any(entry.form != "dense" for entry in draft.plan.matrices):
         from lowrank_lit.hub import attach  # transformers is there, for the model is one of its own
 
         attach(model, draft.plan)  # the model's own save_pretrained then writes the plan
-    return CompressionResult(draft.plan, _record(study, draft, before))
+    return CompressionResult(draft.plan, distributed.agreed("the record", _record(study, draft, before)))
 
 
 def settings_of(keep_ratio: float, settings: Mapping[str, Any]) -> Settings:
@@ -125,16 +148,31 @@ def plan_ranks(
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) -> str:
-    """Identity of a compression: hash of the model's weights, the calibration tokens, the settings and the version.
+    """Identity of a compression: hash of the model's weights and configuration, the calibration tokens, the settings
+    and the version.
+
+    The configuration says what no weight does, such as how positions are rotated or scaled. Where the model was loaded
+    from and by which version of transformers does not count.
 
     Two compressions with the same fingerprint give the same result.
     """
     digest = hashlib.sha256(f"{__version__} {settings}".encode())
+    digest.update(_configuration(model).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
+        release([tensor])
     digest.update(batches_hash(split_single(as_batches(batches))).encode())
     return digest.hexdigest()[:32]
+
+
+def _configuration(model: nn.Module) -> str:
+    """The model's configuration as JSON; empty where it has none."""
+    describe = getattr(getattr(model, "config", None), "to_dict", None)
+    if describe is None:
+        return ""
+    values = {key: value for key, value in describe().items() if key not in _NO_PART and not key.startswith("_")}
+    return json.dumps(values, sort_keys=True, default=str)
 
 
 def batches_hash(batches: Sequence[Batch]) -> str:

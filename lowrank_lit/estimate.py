@@ -7,45 +7,52 @@ tensors: Python, libraries, the CUDA context, fragmentation and matrix-multiplic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
-
-import torch
-from torch import Tensor, nn
 
 from lowrank_lit._footprints import (
     ModelSize,
     Recovery,
     RunShape,
     activation_bytes,
+    adapter_parameters,
     backward_bytes,
     block_width,
+    decomposition_flops,
     dequantized_bytes,
     factor_parameters,
     kept_parameters,
     logit_bytes,
     loss_bytes,
+    of_one_token,
     optimizer_bytes,
     refining_bytes,
     statistics_bytes,
+    statistics_flops,
+    token_flops,
     trained_parameters,
     training_weight_bytes,
     vector_bytes,
     workspace_bytes,
 )
 from lowrank_lit.refit import HELD_OUT
-from lowrank_lit.residual import find_repeating_blocks
-from lowrank_lit.surgery import count_parameters, find_targets
 
 Place = Literal["device", "host", "disk"]
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
 STAGES = ("calibrate", "feedback", "factor", "reallocate", "refine", "recover", "evaluate", "export")
+COMPRESSED_STAGES = STAGES[:3]
 COMPRESSION = "compress"
-"""What the first three are measured as, together."""
+"""What these three are measured as, together."""
 _STATISTICS = "statistics of all target matrices, float64"
 _DENSE = "weights of the dense model"
 _TRAINED = {"factors": "factors that train", "all": "the whole model"}
+_BUCKET = 50_000_000
+"""Numbers in one of DeepSpeed's two buckets, as :class:`lowrank_lit.strategies.LowRankDeepSpeed` sets them."""
+
+Part = Literal["", "weights", "gradients", "state"]
+"""What ZeRO splits over processes: states from stage 1, gradients from 2, weights from 3."""
+_Row = tuple[Place, str, int] | tuple[Place, str, int, Part]
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Item:
         what: What is counted.
         bytes: How much.
         copy: Whether it is on the host as well, so that it takes no more where the device is the host.
+        part: What it is of the training, where that can be split over processes.
     """
 
     stage: str
@@ -65,42 +73,7 @@ class Item:
     what: str
     bytes: int
     copy: bool = False
-
-
-def measure(model: nn.Module, patterns: Sequence[str] | None = None) -> ModelSize:
-    """Shapes of a model, which may be on the meta device.
-
-    Args:
-        model: A causal language model of transformers.
-        patterns: Names of the target layers, as for a compression.
-
-    Raises:
-        ModelError: If a pattern matches nothing or there is no target.
-    """
-    targets = find_targets(model, patterns)
-    matrices = {name: (target.rows, target.columns) for name, target in targets.items()}
-    found = _input_owners(model, {name: target.module for name, target in targets.items()})
-    owners = {name: name for name in matrices} if found is None else found
-    inputs = {owners[name]: columns for name, (_, columns) in matrices.items()}
-    moments: dict[str, int] = {}
-    for name, owner in owners.items():  # in the order of the calls, as calibration goes
-        rows, columns = matrices[name]
-        # A sum over inputs serves all that are fed them, one over outputs its own matrix alone.
-        if owner not in moments:
-            moments[owner if columns <= rows else f"{name}, outputs"] = min(rows, columns)
-    blocks = [count_parameters(block) for _, block in find_repeating_blocks(model)]
-    config = getattr(model, "config", None)
-    return ModelSize(
-        parameters=count_parameters(model),
-        matrices=tuple(matrices.values()),
-        moments=tuple(moments.values()),
-        inputs=tuple(inputs.values()),
-        block=max(blocks, default=count_parameters(model)),
-        blocks=max(1, len(blocks)),
-        hidden=int(getattr(config, "hidden_size", 0) or max(columns for _, columns in matrices.values())),
-        vocabulary=int(getattr(config, "vocab_size", 0)),
-        shared=found is not None,
-    )
+    part: Part = ""
 
 
 def estimate(size: ModelSize, run: RunShape) -> list[Item]:
@@ -139,9 +112,86 @@ def on_host(items: Iterable[Item]) -> list[Item]:
     return [replace(item, place="disk" if item.place == "disk" else "host") for item in items if not item.copy]
 
 
-def _stage(stage: str, *rows: tuple[Place, str, int], copies: tuple[tuple[str, int], ...] = ()) -> list[Item]:
+def over_gpus(items: Iterable[Item], size: ModelSize, run: RunShape, gpus: int, zero: int = 0) -> list[Item]:
+    """The same of one of ``gpus`` processes that train under DDP (``zero=0``) or DeepSpeed's ZeRO: states are split
+    over them from stage 1 on, gradients from 2, weights from 3. Everything else each process has for itself.
+
+    DDP copies gradients to buckets of its own. DeepSpeed has two buckets, a float32 copy of trained weights that are
+    of less, split like the states, and in stage 3 the largest block (or embedding) with all its weights at a time.
+    """
+    split = {0: (), 1: ("state",), 2: ("state", "gradients"), 3: ("state", "gradients", "weights")}[zero]
+    found = [replace(item, bytes=-(-item.bytes // gpus)) if item.part in split else item for item in items]
+    if run.recovery is None:
+        return found
+    trained, width = trained_parameters(size, run)
+    if not zero:
+        return found + _stage("recover", ("device", "gradients, in the buckets of DDP", trained * width * (gpus > 1)))
+    whole = training_weight_bytes(size, run) * size.block // size.parameters
+    gathered = max(whole, size.vocabulary * size.hidden * run.weight_bytes)
+    return found + _stage(
+        "recover",
+        ("device", "trained weights in float32", -(-4 * trained // gpus) if width < 4 else 0),
+        ("device", "DeepSpeed's buckets", 2 * min(_BUCKET, trained) * width),
+        ("device", "weights of the largest block or embedding, gathered", gathered if zero == 3 else 0),
+    )
+
+
+def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
+    """Calibration, feedback and factoring where one block is in memory at a time: weights are read from the files,
+    inputs of blocks wait on the host in the weights' type, and every process takes its share of the text and of the
+    matrices.
+
+    On the device that is one block, its statistics and one batch, whatever the depth. A backward pass goes from block
+    to block, each computed again from its inputs, which wait on the disk, as statistics and singular vectors do until
+    there are ranks. Items of the device and the host are of one process, those of the disk of all.
+    """
+    if not run.compressed:
+        return []
+    text = -(-run.calibration_tokens // gpus)
+    inputs = run.weight_bytes * size.hidden
+    weights = size.block * run.weight_bytes
+    statistics = -(-statistics_bytes(size, run.moments) // size.blocks)
+    passing = run.tokens * block_width(size) * run.weight_bytes
+    activations = backward_bytes(size, run) // size.blocks if run.backward else passing
+    head = size.vocabulary * size.hidden * run.weight_bytes + logit_bytes(size, run, backward=True)
+    beyond = max(0, head - weights - statistics - activations) if run.backward else 0
+    factors = (kept_parameters(size, run.keep_ratio) - size.parameters + size.target_parameters) * run.weight_bytes
+    both = run.measured or run.rounds > 1 or run.refitted
+    held = int(HELD_OUT * text) * size.vocabulary * 2 if run.measured else 0
+    copies = (("weights of one block", weights), ("statistics of one block, float64", statistics))
+    return [
+        *_stage(
+            "calibrate",
+            ("host", "inputs of one block", text * inputs),
+            ("host", "gradients of its outputs", text * inputs if run.backward else 0),
+            ("device", "activations of one batch in one block", activations),
+            ("device", "head and logits of one batch, beyond that", beyond),
+            ("disk", "inputs of all blocks", gpus * text * inputs * size.blocks if run.backward else 0),
+            ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
+            copies=copies,
+        ),
+        *_stage(
+            "feedback",
+            ("host", "inputs of one block of both models", 3 * text * inputs if both else 0),
+            ("host", "predictions on held-out sequences, float16", held),
+            ("device", "one block of the compressed model", weights if both else 0),
+            ("device", "activations of one batch in one block", activations if both else 0),
+            copies=copies if both else (),
+        ),
+        *_stage(
+            "factor",
+            ("host", "factors of one block", factors // size.blocks),
+            ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
+            ("disk", "singular vectors of all targets, float32", vector_bytes(size, components=run.components)),
+            ("device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
+            ("disk", "factors, kept for a later run", factors),
+        ),
+    ]
+
+
+def _stage(stage: str, *rows: _Row, copies: tuple[tuple[str, int], ...] = ()) -> list[Item]:
     """The items of one stage; what takes no space is none. ``copies`` are on the device what is on the host too."""
-    items = [Item(stage, place, what, count) for place, what, count in rows if count]
+    items = [Item(stage, row[0], row[1], row[2], part=row[3] if len(row) == 4 else "") for row in rows if row[2]]
     return items + [Item(stage, "device", what, count, copy=True) for what, count in copies if count]
 
 
@@ -263,21 +313,27 @@ def _recovery(size: ModelSize, run: RunShape, recovery: Recovery) -> list[Item]:
             "device",
             f"weights of the compressed model{quantized}" if run.compressed else "weights of the model",
             weights,
+            "weights",
         ),
         ("device", "one factor, dequantised", dequantized_bytes(size, run)),
-        ("device", f"{name}: weights", extra),
-        ("device", f"{name}: gradients", trained * width),
+        ("device", f"{name}: weights", extra, "weights"),
+        ("device", f"{name}: gradients", trained * width, "gradients"),
         (
             "host" if paged else "device",
             f"{name}: state of {recovery.optimizer}{', in pages that the driver moves' if paged else ''}",
             state,
+            "state",
         ),
         ("device", f"activations for the backward pass{checkpointing}", activation_bytes(size, run)),
         ("device", _logits(recovery), loss_bytes(size, run)),
         *_teacher(size, run, recovery),
         ("host", f"{name}: best state so far", trained * width if recovery.keeps_best else 0),
-        ("disk", "one checkpoint: weights and optimizer", weights + extra + state),
+        ("disk", f"{_checkpoints(run)}: weights and optimizer", run.checkpoints * (weights + extra + state)),
     )
+
+
+def _checkpoints(run: RunShape) -> str:
+    return "one checkpoint" if run.checkpoints == 1 else f"{run.checkpoints} checkpoints that are kept"
 
 
 def _logits(recovery: Recovery) -> str:
@@ -297,6 +353,16 @@ def _teacher(size: ModelSize, run: RunShape, recovery: Recovery) -> list[tuple[P
     ]
 
 
+def peaks(items: Iterable[Item]) -> dict[Place, int]:
+    """Bytes of the largest stage on the device and on the host, for stages follow one another, and of all stages on
+    the disk, where what they write stays."""
+    found: dict[Place, int] = {}
+    for (_, place), count in totals(items).items():
+        before = found.get(place, 0)
+        found[place] = before + count if place == "disk" else max(before, count)
+    return found
+
+
 def totals(items: Iterable[Item]) -> dict[tuple[str, Place], int]:
     """Bytes by stage and place."""
     result: dict[tuple[str, Place], int] = {}
@@ -309,61 +375,38 @@ def measured_peaks(items: Iterable[Item]) -> dict[tuple[str, Place], int]:
     """As :func:`totals`, with the largest of calibration, feedback and factoring as ``compress``."""
     result: dict[tuple[str, Place], int] = {}
     for (stage, place), count in totals(items).items():
-        key = (COMPRESSION if stage in STAGES[:3] else stage, place)
+        key = (COMPRESSION if stage in COMPRESSED_STAGES else stage, place)
         result[key] = max(result.get(key, 0), count)
     return result
 
 
-def training_items(
-    parameters: Iterable[Tensor], buffers: Iterable[Tensor], optimizers: Iterable[torch.optim.Optimizer]
-) -> list[Item]:
-    """What the training of any module takes, from the module itself: everything but what is kept for the backward pass.
+def stage_flops(size: ModelSize, run: RunShape) -> dict[str, int]:
+    """Operations by stage: of all processes together, and of ``recover`` of each, which has batches of its own.
 
-    Args:
-        parameters: Of the module, each once.
-        buffers: Of the module.
-        optimizers: Of them, those of Adam's kind are known to have two moments of each number; others count nothing.
+    A backward pass through frozen weights costs as much as the forward pass, with the gradients of what trains twice
+    that; checkpointing adds a forward pass, a teacher one of the dense model. Adapters add ``6`` a number and token.
     """
-    own = list(parameters)
-    weights = sum(tensor.nbytes for tensor in (*own, *buffers))
-    groups = [(optimizer, group) for optimizer in optimizers for group in optimizer.param_groups]
-    moments = sum(
-        2 * parameter.nbytes for optimizer, group in groups if _is_adam(optimizer) for parameter in group["params"]
-    )
-    return _stage(
-        "recover",
-        ("device", "weights", weights),
-        ("device", "gradients", sum(parameter.nbytes for parameter in own if parameter.requires_grad)),
-        ("device", "moments of Adam's kind", moments),
-    )
-
-
-def _is_adam(optimizer: torch.optim.Optimizer) -> bool:
-    return isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam))
-
-
-def _input_owners(model: nn.Module, layers: dict[str, nn.Module]) -> dict[str, str] | None:
-    """First layer fed the same tensor, for every layer, in the order of the calls; ``None`` where eight tokens do not
-    run through the model where it is.
-    """
-    owners: dict[str, str] = {}
-    seen: list[tuple[Tensor, str]] = []
-
-    def hook(name: str) -> object:
-        def enter(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            owners[name] = next((owners[other] for tensor, other in reversed(seen) if tensor is args[0]), name)
-            seen.append((args[0], name))
-
-        return enter
-
-    place = next(model.parameters()).device
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]  # type: ignore[arg-type]
-    try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros(1, 8, dtype=torch.long, device=place))
-    except (RuntimeError, ValueError, TypeError):  # an operation that needs values, or other inputs
-        return None
-    finally:
-        for handle in handles:
-            handle.remove()
-    return owners
+    dense, length = token_flops(size, run.block_size), run.block_size
+    small = token_flops(size, length, run.keep_ratio)
+    tokens = run.calibration_tokens
+    once = tokens * (dense * (2 if run.backward else 1) + statistics_flops(size, run.moments))
+    solve = decomposition_flops(size, two_sided=run.components)
+    found: dict[str, int] = {}
+    if run.compressed:
+        found = {"calibrate": once, "factor": solve}
+        again = (run.rounds - 1) * (once + solve) + (3 * tokens * dense if run.refitted else 0)
+        found |= {"feedback": again} if again else {}
+    if run.reallocated is not None:
+        moments = statistics_flops(size, frozenset({"input", "gradient"}))
+        whole = decomposition_flops(size, two_sided=True)
+        found["reallocate"] = tokens * (2 * dense + moments) + whole
+    if run.refined:
+        found["refine"] = tokens * (dense + 3 * small * run.epochs)
+    if run.recovery is not None and run.training_tokens and run.training_steps:
+        recovery = run.recovery
+        passes = (2 if recovery.trained == "adapters" else 3) + recovery.checkpointing
+        step = passes * small + (dense if recovery.teacher else 0)
+        if recovery.trained == "adapters":
+            step += 6 * of_one_token(size, lambda own: adapter_parameters(own, run, recovery.adapter_rank))
+        found["recover"] = run.training_steps * run.training_tokens * step
+    return found

@@ -23,3 +23,21 @@ def load_bitsandbytes(setting: str) -> Any:
             f"{setting} needs bitsandbytes ({error}); install it with: pip install 'lowrank-lit[qlora]'"
         ) from error
     return bitsandbytes
+
+
+def load_deepspeed(setting: str) -> Any:
+    """The package ``deepspeed``.
+
+    Args:
+        setting: What needs it, as the user wrote it; for the error.
+
+    Raises:
+        LowRankError: If it is not installed, or does not load.
+    """
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise LowRankError(
+            f"{setting} needs DeepSpeed ({error}); install it with: pip install 'lowrank-lit[deepspeed]'"
+        ) from error
+    return deepspeed

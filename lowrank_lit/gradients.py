@@ -58,7 +58,8 @@ class SampledTokenLoss:
     The second moment of its gradients is the Fisher information, the curvature of the KL divergence from the model's
     own predictions; with the text's tokens for labels (:func:`next_token_loss`) it is the empirical Fisher, which also
     measures how wrong the model is on the text. Positions count as there. The draws depend on the seed and the order of
-    the batches alone.
+    the batches alone: a batch that another process reads is to be left to :meth:`skip`, so that each gets the labels
+    that it would get in one process.
 
     Args:
         seed: Of the draws.
@@ -67,6 +68,12 @@ class SampledTokenLoss:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._skipped: list[int] = []
+
+    def skip(self, batch: Batch) -> None:
+        """Leave out the draws of a batch. Costs its random numbers, once the number of classes is known."""
+        ids = _token_ids(batch)
+        self._skipped.append(len(ids) * (ids.shape[1] - 1))
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss; arguments and errors as in :func:`next_token_loss`."""
@@ -76,6 +83,9 @@ class SampledTokenLoss:
         generator = self._generators.get(wide.device)
         if generator is None:
             generator = self._generators[wide.device] = torch.Generator(wide.device).manual_seed(self._seed)
+        for tokens in self._skipped:  # what multinomial draws: one exponential per token and class
+            torch.empty(tokens, wide.shape[1], dtype=wide.dtype, device=wide.device).exponential_(generator=generator)
+        self._skipped.clear()
         probabilities = wide.detach().softmax(-1)
         if not bool(torch.isfinite(probabilities).all()):
             raise NonFiniteError("the logits on the calibration text hold a NaN or infinity; check the weights")
@@ -181,6 +191,7 @@ class GradientCollector:
         # Gradient checkpointing runs forwards in the backward, whose tokens have been counted.
         self._in_forward = False
         self._called: set[str] = set()
+        self._sensitivities: list[float] = []
         self._pulled_by_autograd: set[str] = set()
 
     @contextmanager
@@ -229,13 +240,20 @@ class GradientCollector:
                 f"finite: {next(bad, 'none')}; check the checkpoint, or use a wider dtype (bfloat16, float32)"
             )
 
+    def take(self, name: str) -> GradientSums | None:
+        """The sums of a layer, which are forgotten here; ``None`` where no backward has reached it."""
+        found = self.sums.pop(name, None)
+        if found is not None:
+            self._sensitivities.append(found.sensitivity())
+        return found
+
     def check_gradients(self) -> None:
-        """Check that some layer's gradients are more than rounding.
+        """Check that the gradients of some layer that was taken are more than rounding.
 
         Raises:
             GradientError: If all vanish.
         """
-        if all(sums.sensitivity() <= _NEGLIGIBLE for sums in self.sums.values()):
+        if all(value <= _NEGLIGIBLE for value in self._sensitivities):
             raise GradientError(
                 "the gradients of the loss on the calibration text vanish at every target layer; "
                 "use metric='input', or text that the model does not know by heart"

@@ -12,11 +12,13 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lowrank_lit._checkpoints import gather_shards
 from lowrank_lit.distillation import Teacher, counted_positions, divergence, weights_hash
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
 from lowrank_lit.masks import MaskedModel, masked_layout, plan_of_cut
 from lowrank_lit.optimizers import build_optimizer
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.strategies import LowRankDeepSpeed
 from lowrank_lit.surgery import apply_plan
 
 if TYPE_CHECKING:
@@ -179,6 +181,9 @@ class LowRankModule(pl.LightningModule):
         """
         if str(self.trainer.precision).startswith("16"):
             return
+        if isinstance(self.trainer.strategy, LowRankDeepSpeed):  # which has them, in pieces
+            self._require_finite(self.trainer.strategy.gradients_are_finite(), "a gradient is NaN or infinite")
+            return
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         if gradients:
             norm = torch.nn.utils.get_total_norm(gradients)
@@ -232,7 +237,8 @@ def load_checkpoint(module: LowRankModule, path: str | Path) -> None:
 
     Args:
         module: Takes the weights; ``module.plan`` becomes the checkpoint's plan, or ``None`` for a dense model.
-        path: Written by ``ModelCheckpoint`` in a fit with the callbacks of this package, or with none of them.
+        path: Written by ``ModelCheckpoint`` in a fit with the callbacks of this package, or with none of them; with
+            DeepSpeed it is a folder, of any number of processes.
 
     The model is that of the checkpoint's step: with the components that the masks of a RankReallocation had on, and not
     the best that a Refinement had seen.
@@ -242,11 +248,15 @@ def load_checkpoint(module: LowRankModule, path: str | Path) -> None:
         PlanError: If its plan or its masks do not fit the module's model.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        whole = Path(path).is_dir()
+        checkpoint = gather_shards(Path(path)) if whole else torch.load(path, map_location="cpu", weights_only=True)
         weights, states = checkpoint["state_dict"], checkpoint.get("callbacks", {})
     except Exception as error:  # a missing, truncated or foreign file surfaces as many kinds of error
+        if type(error) is LowRankError:  # a package that is missing
+            raise
         raise ExportError(
-            f"checkpoint '{path}' cannot be read ({reason_of(error)}); give a file of ModelCheckpoint"
+            f"checkpoint '{path}' cannot be read ({reason_of(error)}); give a file, or a whole folder, of "
+            "ModelCheckpoint"
         ) from error
     module.configure_model()
     reallocation = states.get("RankReallocation", {})
@@ -310,7 +320,7 @@ def _last_checkpoint(trainer: pl.Trainer | None) -> str:
     callbacks: list[Any] = [] if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
     named = [getattr(c, key, "") for c in callbacks for key in ("last_model_path", "best_model_path")]
     named.append(getattr(trainer, "ckpt_path", None))  # what the run itself went on from
-    saved = [Path(path) for path in named if path and Path(path).is_file()]
+    saved = [Path(path) for path in named if path and Path(path).exists()]  # DeepSpeed's are folders
     if not saved:
         return "no checkpoint has been written, so start again"
     return f"the last good checkpoint is '{max(saved, key=lambda path: path.stat().st_mtime)}'"

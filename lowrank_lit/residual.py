@@ -179,6 +179,10 @@ class ResidualWatcher:
             yield
         self._sums.commit(pending)
 
+    def empty(self) -> ResidualWatcher:
+        """Another one for the same matrices, with no sums, to ``merge`` into."""
+        return ResidualWatcher(dict(zip(self._names, self._parameters, strict=True)))
+
     def merge(self, other: ResidualWatcher | Mapping[tuple[str, ...], CosineSum]) -> None:
         """Add the sums of another watcher, or of its ``sums`` as received from another process."""
         self._sums.merge(other.sums if isinstance(other, ResidualWatcher) else other)
@@ -250,6 +254,10 @@ class BlockCosine:
                 )
             yield
         self._sums.commit(pending)
+
+    def empty(self) -> BlockCosine:
+        """Another one for the same blocks, with no sums, to ``merge`` into."""
+        return BlockCosine(self._blocks)
 
     def merge(self, other: BlockCosine | Mapping[tuple[str, ...], CosineSum]) -> None:
         """Add the sums of another one."""

@@ -9,14 +9,15 @@ The statistics have seen these sequences too; the trial fits of a refit have not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_lit.calibration import count_sequences, count_tokens
+from lowrank_lit import distributed
+from lowrank_lit.calibration import count_sequences, count_tokens, own_share
 from lowrank_lit.errors import DataError
 from lowrank_lit.refit import held_out, substituted
 from lowrank_lit.streaming import Batch, evaluating, logits_of, moved, real_positions, to_device
@@ -31,7 +32,8 @@ LEAST = -1e4
 class Judge:
     """Divergence from the dense model on the calibration batches that the trial fits of a refit hold out.
 
-    The dense model's log-probabilities are kept in half precision, ``tokens x vocabulary``: 2 GiB for 32,000 classes.
+    Processes that cooperate read a share of these batches each, and all get the divergence over all of them. The dense
+    model's log-probabilities are kept in half precision, ``tokens x vocabulary``: 2 GiB for 32,000 classes.
 
     Args:
         model: The dense model; its logits have one row per token.
@@ -57,14 +59,23 @@ class Judge:
         self._batches = _enough([batches[number] for number in held_out(len(batches))] or batches)
         self._share = count_sequences(self._batches) / count_sequences(batches)
         self.passes = self._share
-        with measuring(model, device) as place:
+        self._mine = own_share(self._batches)
+        self._batches = [self._batches[number] for number in self._mine]
+        with distributed.together("measuring candidates"), measuring(model, device) as place:
             self._dense = [log_probabilities(model, batch, place).to("cpu", torch.float16) for batch in self._batches]
 
     def divergence(self, weights: Mapping[str, Tensor]) -> float:
         """:func:`divergence` with ``weights`` ``(rows, columns)`` in the layers, in nats per token."""
         self.passes += self._share
-        with measuring(self._model, self._device) as place, substituted(self._layers, weights):
-            return divergence(self._model, self._batches, self._dense, place)
+        with (
+            distributed.together("measuring candidates"),
+            measuring(self._model, self._device) as place,
+            substituted(self._layers, weights),
+        ):
+            sums = divergence_sums(self._model, self._batches, self._dense, place)
+        parts = distributed.gather("measuring candidates", dict(zip(self._mine, sums, strict=True)))
+        # Added up in the order of the batches: the same for any number of processes.
+        return _mean(values for _, values in sorted(entry for part in parts for entry in part.items()))
 
 
 @contextmanager
@@ -97,7 +108,22 @@ def divergence(
         dense: Log-probabilities of the dense model for each batch, of :func:`log_probabilities`.
         place: Device of the model.
     """
+    return _mean(divergence_sums(model, batches, dense, place))
+
+
+def _mean(sums: Iterable[tuple[float, int]]) -> float:
     total, tokens = 0.0, 0
+    for value, count in sums:
+        total += value
+        tokens += count
+    return total / max(1, tokens) if total == total else math.inf
+
+
+def divergence_sums(
+    model: nn.Module, batches: Sequence[Batch], dense: Sequence[Tensor], place: torch.device | None
+) -> list[tuple[float, int]]:
+    """Sum over tokens and their number for each batch, of which :func:`divergence` is the mean; arguments as there."""
+    found = []
     for batch, teacher in zip(batches, dense, strict=True):
         own = log_probabilities(model, batch, place)
         wide = teacher.to(own.device, own.dtype)
@@ -107,9 +133,8 @@ def divergence(
         mask = real_positions(batch)
         if mask is not None and mask.shape == values.shape:
             values = values[mask.to(values.device)]
-        total += float(values.double().sum())
-        tokens += values.numel()
-    return total / max(1, tokens) if total == total else math.inf
+        found.append((float(values.double().sum()), values.numel()))
+    return found
 
 
 def log_probabilities(model: nn.Module, batch: Batch, place: torch.device | None) -> Tensor:

@@ -51,6 +51,11 @@ class Spectrum:
     left: Tensor
     inner: Tensor | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by attribute."""
+        found = {"singular_values": self.singular_values, "left": self.left}
+        return found if self.inner is None else {**found, "inner": self.inner}
+
     def energy(self) -> Tensor:
         """Squared singular values, ``(p,)``."""
         return self.singular_values.square()

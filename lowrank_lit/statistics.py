@@ -7,9 +7,9 @@ next to the massive activations of some layers, and would square small gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,10 @@ def real_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     return flat
 
 
+Total = Callable[[Tensor], Tensor]
+"""Sums a tensor over all processes, in float64."""
+
+
 class MomentSum:
     """Sum of outer products ``x x^T`` over tokens.
 
@@ -93,6 +97,11 @@ class MomentSum:
         """Add another sum over other tokens."""
         self.sum += other.sum.to(self.sum.device)
         self.tokens += other.tokens
+
+    def reduce(self, total: Total) -> None:
+        """Replace the sum and the tokens by those over all processes."""
+        self.sum = total(self.sum)
+        self.tokens = int(total(torch.tensor(float(self.tokens), dtype=torch.float64)))
 
     def mean(self) -> Tensor:
         """The second moment ``E[x x^T]``, ``(d, d)``."""
@@ -144,6 +153,7 @@ class InputSums:
     ) -> None:
         whole = "input_full" in moments or ("input" in moments and columns <= rows())
         self.tokens = 0
+        self.columns = columns
         self.moment = MomentSum(columns, device) if whole else None
         self.outputs = MomentSum(rows(), device) if "input" in moments and not whole else None
         self.magnitude = accumulator(columns, device=device) if "magnitude" in moments else None
@@ -161,6 +171,16 @@ class InputSums:
             self.energy += energy_of(x)
         if self.magnitude is not None:
             self.magnitude += x.abs().sum(0)
+
+    def reduce(self, total: Total) -> None:
+        """Replace the sums by those over all processes."""
+        self.tokens = int(total(torch.tensor(float(self.tokens), dtype=torch.float64)))
+        for part in (self.moment, self.outputs):
+            if part is not None:
+                part.reduce(total)
+        if self.magnitude is not None:
+            self.magnitude = total(self.magnitude)
+        self.energy = total(self.energy)
 
     def means(self) -> dict[str, Any]:
         """Fields of :class:`LayerStatistics`; the sums are on the device for one block at a time, the means are not."""
@@ -193,6 +213,7 @@ class GradientSums:
 
     def __init__(self, moments: frozenset[str], rows: int, columns: int, device: torch.device | str) -> None:
         wanted = "gradient" in moments
+        self.shape = (rows, columns)
         self.tokens = 0
         self.outputs = 0
         self.sequences = 0
@@ -233,6 +254,18 @@ class GradientSums:
             self.fisher_rows += rows
             self.fisher_columns += columns
             self.sequences += len(gradients)
+
+    def reduce(self, total: Total) -> None:
+        """Replace the sums by those over all processes."""
+        counts = total(torch.tensor([self.tokens, self.outputs, self.sequences], dtype=torch.float64))
+        self.tokens, self.outputs, self.sequences = (int(count) for count in counts)
+        for part in (self.moment, self.pulled):
+            if part is not None:
+                part.reduce(total)
+        for name in ("energy", "output_energy", "fisher_rows", "fisher_columns", "weight_gradient"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, total(value))
 
     def means(self) -> dict[str, Any]:
         """Fields of :class:`LayerStatistics`. Tokens that no gradient came back for count as gradients of zero."""
@@ -320,3 +353,26 @@ _MEASURED = {
     "input_magnitude": "inputs",
     "output_moment": "outputs",
 }
+
+
+def tensors_of(statistics: LayerStatistics) -> dict[str, Tensor]:
+    """The moments that are tensors, by attribute."""
+    found = {field.name: getattr(statistics, field.name) for field in fields(statistics)}
+    return {key: value for key, value in found.items() if isinstance(value, Tensor)}
+
+
+def stored_statistics(
+    statistics: Mapping[str, LayerStatistics], keep: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+) -> dict[str, LayerStatistics]:
+    """The same statistics with all their tensors put elsewhere at once; a moment that layers share stays shared.
+
+    Args:
+        statistics: By layer name.
+        keep: Gives the tensors that stand in for those it is handed, under the same keys.
+    """
+    tensors = {name: tensors_of(entry) for name, entry in statistics.items()}
+    kept = keep({str(id(value)): value for own in tensors.values() for value in own.values()})
+    return {
+        name: replace(entry, **{key: kept[str(id(value))] for key, value in tensors[name].items()})
+        for name, entry in statistics.items()
+    }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from lowrank_lit.paging import release
 
 Batch = Mapping[str, Tensor]
 # Key of the tensor that the model takes as its first positional argument, for a batch that does not name its arguments.
@@ -32,9 +34,14 @@ def real_positions(batch: Batch) -> Tensor | None:
 
 
 class BlockCalls:
-    """The calls of all blocks for one batch, and the hidden states between them."""
+    """The calls of all blocks for one batch, and the hidden states between them.
 
-    def __init__(self) -> None:
+    Args:
+        forms: What each block returns beside the hidden states.
+    """
+
+    def __init__(self, forms: Sequence[Any]) -> None:
+        self.forms = forms
         self.hidden: Tensor | None = None
         self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -47,12 +54,21 @@ class BlockCalls:
         self.arguments.append((args, kwargs))
         return hidden
 
+    @property
+    def states(self) -> Tensor:
+        """The hidden states that are there."""
+        assert self.hidden is not None
+        return self.hidden
+
     def step(self, block: nn.Module, index: int, device: torch.device | None) -> None:
         """Run block ``index`` on the hidden states and keep what it returns, on the device that the first states came
         from."""
-        assert self.hidden is not None
-        self.hidden = self.run(block, index, self.hidden, device)
-        self.arguments[index] = ((), {})  # the masks of a finished block are of no more use
+        self.hidden = self.run(block, index, self.states, device)
+        self.forget(index)
+
+    def forget(self, index: int) -> None:
+        """Let the arguments of block ``index`` go: the masks of a finished block are of no more use."""
+        self.arguments[index] = ((), {})
 
     def run(self, block: nn.Module, index: int, hidden: Tensor, device: torch.device | None) -> Tensor:
         """What block ``index`` returns for ``hidden``, on the device that ``hidden`` came from."""
@@ -68,14 +84,14 @@ def capture_calls(model: nn.Module, blocks: Sequence[Block], batches: Sequence[B
     Then the model runs on every batch with its blocks passing the hidden states through unchanged, up to the last
     block: what a model hands to its blocks beside the hidden states does not depend on what they compute.
     """
-    outputs = _probe(model, blocks, batches[0]) if blocks else None
-    if outputs is None:
+    forms = _probe(model, blocks, batches[0]) if blocks else None
+    if forms is None:
         return None
     result = []
     for batch in batches:
-        calls = BlockCalls()
+        calls = BlockCalls(forms)
         with (
-            _patched(blocks, partial(_pass_through, calls, outputs)),
+            _patched(blocks, partial(_record_and_pass, calls)),
             suppress(_LastBlockReached),
         ):
             run_model(model, to_device(dict(batch), _device_of(model)))
@@ -109,17 +125,49 @@ def to_device(tree: Any, device: torch.device | None) -> Any:
 
 @contextmanager
 def moved(module: nn.Module, device: torch.device | str | None) -> Iterator[torch.device | None]:
-    """``module`` on ``device`` for the time of the context, then back where it was; gives the device that it is on."""
+    """``module`` on ``device`` for the time of the context, then back where it was; gives the device that it is on.
+
+    What was not written to there gets the memory that it had, so that weights mapped from a file stay mapped.
+    """
     home = _device_of(module)
     target = home if device is None else torch.device(device)
     if target is None or target == home:
         yield target
         return
+    own = [
+        (owner._parameters, key, value, value.data)
+        for owner in module.modules()
+        for key, value in owner._parameters.items()
+        if value is not None
+    ]
     try:
         module.to(target)
+        versions = [_version(place[key]) for place, key, _, _ in own]
         yield target
     finally:
+        for (place, key, value, memory), version in zip(own, versions, strict=True):
+            if _version(place[key]) == version:
+                value.data = memory
+                place[key] = value
         module.to(home)
+
+
+@contextmanager
+def moved_around(model: nn.Module, blocks: Sequence[Block], device: torch.device | str | None) -> Iterator[Any]:
+    """All of a model but its blocks on ``device`` for the time of the context, as :func:`moved` does it."""
+    inside = {id(module) for _, block in blocks for module in block.modules()}
+    place = None if device is None else torch.device(device)
+    with ExitStack() as stack:
+        for child in list(model.modules()):
+            holds = {id(module) for module in child.modules()}
+            if not holds & inside and _device_of(child) is not None:
+                place = stack.enter_context(moved(child, device)) or place
+        yield place
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    """How often a tensor was written to; ``None`` where nobody counts."""
+    return None if tensor is None or tensor.is_inference() else tensor._version
 
 
 @contextmanager
@@ -133,6 +181,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def paged(blocks: Sequence[Block]) -> Iterator[None]:
+    """For the time of the context the weights of a block that are mapped from a file leave memory after each of its
+    forwards, so that a forward of the whole model holds one block at a time."""
+
+    def leave(block: nn.Module, args: Any, output: Any) -> None:
+        release(block.parameters())
+
+    handles = [block.register_forward_hook(leave) for _, block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def each_in_one_block(layers: Mapping[str, nn.Module], blocks: Sequence[Block]) -> bool:
@@ -151,18 +215,33 @@ class _LastBlockReached(Exception):
     """Ends a capturing forward: the head after the last block need not run."""
 
 
-def _pass_through(calls: BlockCalls, outputs: Sequence[Any], index: int) -> Callable[..., Any]:
+def _record_and_pass(calls: BlockCalls, index: int) -> Callable[..., Any]:
     """A forward for block ``index`` that records its arguments and returns the hidden states in the form the block
     does."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         hidden = calls.record(args, kwargs)
-        if index == len(outputs) - 1:
+        if index == len(calls.forms) - 1:
             raise _LastBlockReached
-        output = outputs[index]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return _in_form(hidden, calls.forms[index])
 
     return forward
+
+
+@contextmanager
+def ending_in(blocks: Sequence[Block], calls: BlockCalls, states: Tensor) -> Iterator[None]:
+    """For the time of the context a forward of the model computes nothing in its blocks: ``states`` are what the last
+    one returns, and the model goes on from there to its head."""
+
+    def make(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            last = index == len(calls.forms) - 1
+            return _in_form(states if last else _split(args, kwargs)[2], calls.forms[index])
+
+        return forward
+
+    with _patched(blocks, make):
+        yield
 
 
 @contextmanager
@@ -180,14 +259,26 @@ def _patched(blocks: Sequence[Block], make: Callable[[int], Callable[..., Any]])
                 block.forward = forward
 
 
+def _in_form(hidden: Tensor, form: Any) -> Any:
+    """Hidden states as a block returns them."""
+    return hidden if form is None else (hidden, *form)
+
+
 def _probe(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[Any] | None:
-    """What each block returns for one sequence, or ``None`` if the blocks are no chain."""
-    outputs: list[Any] = []
-    fed: list[Any] = []
+    """What each block returns beside the hidden states for one sequence, ``None`` where it is no tuple; or ``None``
+    alone if the blocks are no chain."""
+    forms: list[Any] = []
+    before: list[Any] = []  # what the block before returned: one at a time, so that memory does not grow with depth
+    chained = [True]
 
     def record(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        fed.append(args[0] if args else kwargs.get("hidden_states"))
-        outputs.append(output)
+        fed, states = args[0] if args else kwargs.get("hidden_states"), _states(output)
+        if chained[0] and isinstance(fed, Tensor) and isinstance(states, Tensor):
+            chained[0] = all(state.shape == fed.shape and torch.equal(state, fed) for state in before)
+        else:
+            chained[0] = False
+        before[:] = [states]
+        forms.append(output[1:] if isinstance(output, tuple) else None)
 
     handles = [block.register_forward_hook(record, with_kwargs=True) for _, block in blocks]
     try:
@@ -195,15 +286,7 @@ def _probe(model: nn.Module, blocks: Sequence[Block], batch: Batch) -> list[Any]
     finally:
         for handle in handles:
             handle.remove()
-    if len(outputs) != len(blocks) or not all(isinstance(states, Tensor) for states in fed):
-        return None
-    states = [_states(output) for output in outputs]
-    # The last block's output has no successor among the blocks to be compared with.
-    chained = all(
-        isinstance(state, Tensor) and state.shape == following.shape and torch.equal(state, following)
-        for state, following in zip(states[:-1], fed[1:], strict=True)
-    )
-    return outputs if chained and isinstance(states[-1], Tensor) else None
+    return forms if chained[0] and len(forms) == len(blocks) else None
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lowrank_lit import distributed
 from lowrank_lit.allocation import (
     MatrixProfile,
     MatrixSpec,
@@ -27,6 +28,7 @@ from lowrank_lit.collection import Collection, Costs, Evidence
 from lowrank_lit.errors import DataError, GradientError, LowRankError, NonFiniteError
 from lowrank_lit.evidence import block_importance, predicts_nats, profiles_of, specs_of
 from lowrank_lit.layers import LAYER_OF_FORM
+from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.selection import Judge
 from lowrank_lit.settings import Settings
@@ -89,6 +91,7 @@ class Study:
         batches: Calibration batches, see :func:`lowrank_lit.compress`.
         targets: Shell patterns of layer names, or ``None``.
         device: Where to compute; ``None`` is where the model is.
+        workspace: Where what waits is kept, factors included; ``None`` is in memory.
 
     Attributes:
         collection: What is known of the model.
@@ -106,8 +109,10 @@ class Study:
         *,
         targets: Sequence[str] | None = None,
         device: torch.device | str | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
-        self.collection = Collection(model, batches, targets, device)
+        self.collection = Collection(model, batches, targets, device, workspace)
+        self.workspace = workspace
         self.model = model
         self.batches = self.collection.batches
         self.targets = self.collection.targets
@@ -189,13 +194,25 @@ class Study:
     @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, draft: Draft) -> None:
-        """Put the draft's layers into the model. Nothing is replaced before everything has been computed."""
+        """Put the draft's layers into the model. Nothing is replaced before everything has been computed.
+
+        Processes that cooperate make a share of the layers each, and hand them out: the factors are the same in all."""
         started = time.perf_counter()
-        layers = {
-            entry.name: self._layer(entry, draft)
-            for entry in tqdm(draft.plan.matrices, desc="factoring", unit="matrix", disable=None, leave=False)
-            if entry.form != "dense"
-        }
+        entries = [entry for entry in draft.plan.matrices if entry.form != "dense"]
+        makers = distributed.owners([float(entry.rank) ** 2 * (entry.rows + entry.columns) for entry in entries])
+        layers: dict[str, nn.Module] = {}
+        with distributed.together("factoring"):
+            for entry, maker in zip(
+                tqdm(entries, desc="factoring", unit="matrix", disable=None, leave=False), makers, strict=True
+            ):
+                if maker == distributed.rank():
+                    layers[entry.name] = self._layer(entry, draft)
+        for entry, maker in zip(entries, makers, strict=True):
+            made = layers.get(entry.name)
+            state = distributed.handed_out("factoring", maker, None if made is None else made.state_dict())
+            with distributed.together("factoring"):
+                if made is None:
+                    layers[entry.name] = self._received(entry, state)
         for name, layer in layers.items():
             replace_module(self.model, self.targets[name], layer)
         draft.seconds["factor"] = time.perf_counter() - started
@@ -264,7 +281,7 @@ class Study:
                 cost_aware=settings.cost_aware,
             )
         self.collection.costs.spend("allocate", started)
-        return ranks
+        return distributed.agreed("the allocation", ranks)
 
     def _judge(self) -> tuple[Judge | None, tuple[str, ...]]:
         """Who measures candidates, if anyone can, and notes."""
@@ -350,6 +367,19 @@ class Study:
         plain = profiles_of(specs, evidence.spectra, calibration, self.collection.places, metric=metric, power=0.0)
         return predicted_loss(plain, ranks)
 
+    def _received(self, entry: MatrixPlan, state: Mapping[str, Tensor]) -> nn.Module:
+        """The layer that another process has made."""
+        module = self.layers[entry.name]
+        weight, bias = dense_weight(module), bias_of(module) is not None
+        layer = LAYER_OF_FORM[entry.form].empty(
+            entry.columns, entry.rows, entry.rank, bias=bias, device=weight.device, dtype=weight.dtype
+        )
+        if self.workspace is not None:
+            layer.load_state_dict(self.workspace.keep(state), assign=True)
+        else:
+            layer.load_state_dict(dict(state))
+        return layer.requires_grad_(next(module.parameters()).requires_grad)
+
     def _layer(self, entry: MatrixPlan, draft: Draft) -> nn.Module:
         """The layer that takes the target's place: same device, dtype and bias."""
         module = self.layers[entry.name]
@@ -359,6 +389,10 @@ class Study:
         layer = LAYER_OF_FORM[entry.form].from_factors(
             outer, inner, None if bias is None else bias.detach(), dtype=weight.dtype, device=weight.device
         )
+        if self.workspace is not None:
+            kept = self.workspace.keep(layer.state_dict())
+            layer.load_state_dict(kept, assign=True)
+            release([*kept.values(), *module.parameters(), *draft.spectra[entry.name].tensors().values()])
         return layer.requires_grad_(next(module.parameters()).requires_grad)
 
 

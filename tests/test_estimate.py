@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from lowrank_lit._footprints import (
+    ModelSize,
     Recovery,
     RunShape,
     Trained,
@@ -22,19 +25,35 @@ from lowrank_lit._footprints import (
     kept_parameters,
     loss_bytes,
     moment_bytes,
+    of_one_token,
     optimizer_bytes,
     refining_bytes,
     statistics_bytes,
+    statistics_flops,
+    token_flops,
     trained_parameters,
     training_weight_bytes,
     uniform_rank,
     vector_bytes,
+    with_experts,
 )
 from lowrank_lit._recipes import recipes_folder
 from lowrank_lit.adapter_config import is_quantised
 from lowrank_lit.calibration import calibrate
+from lowrank_lit.callbacks._run_shape import find_experts, measure, measure_config
+from lowrank_lit.callbacks.memory import training_items
 from lowrank_lit.distillation import Predictions, divergence
-from lowrank_lit.estimate import estimate, measure, measured_peaks, on_host, totals, training_items
+from lowrank_lit.estimate import (
+    Item,
+    estimate,
+    measured_peaks,
+    on_host,
+    over_gpus,
+    peaks,
+    stage_flops,
+    streamed,
+    totals,
+)
 from lowrank_lit.gradients import frozen
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.masks import factor_fully, mask_layers
@@ -393,3 +412,122 @@ def test_training_of_any_module() -> None:
     found = training_items(module.parameters(), module.buffers(), [optimizer])
     assert [item.bytes for item in found] == [4 * (32 + 4 + 8 + 8) + 8, 4 * 12, 2 * 4 * 12]
     assert len(training_items(module.parameters(), [], [torch.optim.SGD(trained)])) == 2
+
+
+MIXED = Qwen3MoeConfig(
+    hidden_size=64,
+    intermediate_size=96,
+    moe_intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    num_experts=8,
+    num_experts_per_tok=2,
+    vocab_size=128,
+)
+
+
+def meta_size(config: Any, **changes: Any) -> ModelSize:
+    return measure_config(type(config)(**{**config.to_dict(), **changes}))
+
+
+def test_experts_are_counted_once() -> None:
+    model = AutoModelForCausalLM.from_config(MIXED)
+    assert find_experts(model) == ((8, 64, 64), (8, 64, 32)) * 3
+    size = meta_size(MIXED)
+    assert size.expert_parameters == 3 * 8 * (64 * 64 + 64 * 32)
+    assert size.parameters == count_parameters(model)
+    assert size.active_share == 0.25
+    targets = with_experts(size)
+    assert targets.target_parameters == size.target_parameters + size.expert_parameters
+    assert kept_parameters(targets, 0.5) < kept_parameters(size, 0.5)
+    # What is kept of one token counts the experts that it goes through, whoever counts them.
+    two = of_one_token(targets, lambda own: sum(rows for rows, _ in own.matrices))
+    assert two == sum(rows for rows, _ in size.matrices) + 3 * 2 * (64 + 64)
+    assert of_one_token(size, lambda own: own.target_parameters) == size.target_parameters
+    assert find_experts(AutoModelForCausalLM.from_config(CONFIG)) == ()
+
+
+@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["dense", "experts"])
+def test_operations_are_those_that_torch_counts(config: Any) -> None:
+    # Of the experts' grouped products and of fused attention torch counts nothing.
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", **({"experts_implementation": "eager"} if config is MIXED else {})
+    )
+    size = measure(model)
+    ids = torch.randint(0, 64, (1, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids)
+    assert 32 * token_flops(size, 32) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_operations_of_the_stages() -> None:
+    size = meta_size(CONFIG)
+    forward = 1024 * token_flops(size, 128)
+    moment = sum(2 * side * side for side in size.moments)
+    assert stage_flops(size, shape())["calibrate"] == forward + 1024 * moment
+    assert statistics_flops(size, frozenset({"input"})) == moment
+    assert token_flops(size, 128, 0.5) < token_flops(size, 128)
+    assert "recover" not in stage_flops(size, shape()), "of nobody knows how many batches"
+    steps = {
+        name: stage_flops(size, shape(training_steps=10, recovery=Recovery(name)))["recover"]  # type: ignore[arg-type]
+        for name in ("adapters", "factors")
+    }
+    assert steps["adapters"] < steps["factors"] == 10 * 256 * 3 * token_flops(size, 128, 0.6)
+    again = shape(training_steps=10, recovery=Recovery("factors", checkpointing=True, teacher="memory"))
+    assert stage_flops(size, again)["recover"] == 10 * 256 * (4 * token_flops(size, 128, 0.6) + token_flops(size, 128))
+    both = stage_flops(size, shape(rounds=3, refitted=True, refined=True, reallocated=0.5))
+    assert both["feedback"] > 2 * both["calibrate"]
+    assert both["refine"] > forward
+
+
+def device_bytes(items: list[Item]) -> int:
+    return peaks(items)["device"]
+
+
+@pytest.mark.parametrize("recovery", [Recovery("factors"), Recovery("all"), Recovery(optimizer="paged_adamw8bit")])
+def test_more_gpus_take_no_more_of_each(recovery: Recovery) -> None:
+    size = meta_size(CONFIG)
+    run = shape(weight_bytes=2, recovery=recovery)
+    items = [item for item in estimate(size, run) if item.stage == "recover"]
+    trained, width = trained_parameters(size, run)
+    assert device_bytes(over_gpus(items, size, run, 1)) == device_bytes(items)
+    ddp = device_bytes(items) + trained * width
+    for zero in (0, 1, 2, 3):
+        counts = [device_bytes(over_gpus(items, size, run, gpus, zero)) for gpus in (2, 4, 8, 64)]
+        assert counts == sorted(counts, reverse=True)
+        assert len(set(counts)) == (1 if zero == 0 else 4) or (zero == 1 and recovery.optimizer != "adamw")
+        assert zero != 0 or counts[0] == ddp
+    # What is not split stays: of one process of many, stage 3 keeps activations, logits and one block.
+    least = device_bytes(over_gpus(items, size, run, 10**9, 3))
+    assert least > activation_bytes(size, run) + loss_bytes(size, run)
+    one = over_gpus(items, size, run, 1, 3)
+    assert device_bytes(one) - device_bytes(items) == sum(item.bytes for item in one if item not in items)
+
+
+@pytest.mark.parametrize("config", [CONFIG, MIXED], ids=["dense", "experts"])
+@pytest.mark.parametrize("moments", [{"input"}, {"input", "gradient"}], ids=["forward", "backward"])
+def test_streaming_needs_no_more_for_more_blocks(config: Any, moments: set[str]) -> None:
+    run = shape(moments=frozenset(moments), measured=True, rounds=2, refitted=True)
+    sizes = [meta_size(config, num_hidden_layers=layers) for layers in (2, 4, 8)]
+    found = [peaks(streamed(size, run)) for size in sizes]
+    assert found[0]["device"] == found[1]["device"] == found[2]["device"]
+    assert found[0]["host"] == found[1]["host"] == found[2]["host"]
+    assert found[0]["disk"] < found[1]["disk"] < found[2]["disk"]
+    whole = [peaks(estimate(size, replace(run, recovery=None))) for size in sizes]
+    assert whole[0]["host"] < whole[1]["host"] < whole[2]["host"]
+    shared = [totals(streamed(sizes[2], run, gpus)) for gpus in (1, 2, 8)]
+    assert shared[0]["calibrate", "host"] > shared[1]["calibrate", "host"] > shared[2]["calibrate", "host"]
+    assert shared[0]["calibrate", "disk"] == shared[2]["calibrate", "disk"]
+    assert streamed(sizes[0], replace(run, compressed=False)) == []
+
+
+def test_stages_follow_one_another_and_files_stay() -> None:
+    items = [Item("calibrate", "device", "a", 3), Item("factor", "device", "b", 2), Item("factor", "device", "c", 2)]
+    files = [Item("factor", "disk", "d", 5), Item("export", "disk", "e", 6)]
+    assert peaks([*items, *files]) == {"device": 4, "disk": 11}
+    size = meta_size(CONFIG)
+    one, three, none = (totals(estimate(size, shape(checkpoints=count))) for count in (1, 3, 0))
+    assert three["recover", "disk"] == 3 * one["recover", "disk"]
+    assert ("recover", "disk") not in none

@@ -1,0 +1,176 @@
+"""ZeRO in real processes on the CPU: two of them learn what one does, and a killed job goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+pytest.importorskip("bitsandbytes")
+
+from lowrank_lit.cli import main
+from lowrank_lit.hub import load
+from tests.scripts.zero_fit import LENGTH, RECOVERIES, save_model, start
+from tests.tiny import batches
+
+pytestmark = pytest.mark.slow
+STEPS = 10
+SAVED: dict[str, Any] = {"validate_every": 4, "save_every": 5, "export": True}
+TOLERANCE = 1e-3
+"""Greatest relative difference of a loss; what is seen is 1e-7."""
+
+
+def result(folder: Path, rank: int = 0) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / f"result-{rank}.json").read_text())
+    return found
+
+
+def difference(one: list[float], other: list[float]) -> float:
+    assert len(one) == len(other) > 0
+    return max(abs(a - b) / max(abs(a), 1e-9) for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    save_model(folder / "model")
+    return folder
+
+
+def fits(work: Path, name: str, *settings: dict[str, Any]) -> list[dict[str, Any]]:
+    common = {"model": str(work / "model"), "steps": STEPS}
+    return [{"folder": str(work / f"{name}-{s.get('stage', 0)}-{s['kind']}"), **common, **s} for s in settings]
+
+
+@pytest.fixture(scope="module")
+def one(work: Path) -> Path:
+    """The same fits in one process without DeepSpeed."""
+    made = fits(work, "one", *({"kind": kind, **SAVED} for kind in RECOVERIES))
+    assert start(work / "job-one", made, 1) == 0, (work / "job-one" / "job.log").read_text()[-4000:]
+    return work
+
+
+@pytest.fixture(scope="module")
+def whole(one: Path) -> Path:
+    """Stages 1 and 2 in two processes."""
+    made = fits(
+        one,
+        "two",
+        {"kind": "lora", "stage": 1, **SAVED},
+        {"kind": "qlora", "stage": 2, **SAVED},
+        {"kind": "factors", "stage": 2, **SAVED, "offload": "optimizer"},
+    )
+    made += fits(one, "nan", {"kind": "lora", "stage": 2, "save_every": 1, "nan_at": 2, "fails": True})
+    assert start(one / "job-whole", made, 2) == 0, (one / "job-whole" / "job.log").read_text()[-4000:]
+    return one
+
+
+@pytest.fixture(scope="module")
+def split(one: Path) -> Path:
+    """Stage 3 in two processes."""
+    made = fits(
+        one,
+        "two",
+        {"kind": "lora", "stage": 3, **SAVED, "offload": "all"},
+        {"kind": "qlora", "stage": 3, **SAVED},
+        {"kind": "factors", "stage": 3, **SAVED},
+    )
+    made += fits(one, "nan", {"kind": "lora", "stage": 3, "save_every": 1, "nan_at": 2, "fails": True})
+    assert start(one / "job-split", made, 2) == 0, (one / "job-split" / "job.log").read_text()[-4000:]
+    return one
+
+
+def same_as_one(work: Path, stage: int, kind: str) -> None:
+    alone, together = result(work / f"one-0-{kind}"), result(work / f"two-{stage}-{kind}")
+    assert len(together["losses"]) == STEPS
+    assert alone["losses"][-1] < 0.95 * alone["losses"][0]  # it learns something
+    # A validation of the sanity check comes before, and others between, the steps.
+    assert difference(alone["losses"], together["losses"]) < TOLERANCE
+    assert difference(alone["validation"], together["validation"]) < TOLERANCE
+    for rank in range(2):
+        ended = result(work / f"two-{stage}-{kind}", rank)
+        assert ended["rank"] == rank
+        assert ended["split"] == 0
+        assert ended["trains"] == alone["trains"]
+        assert ended["plain"] == alone["plain"]
+        assert "peft" not in ended["plain"]
+        torch.testing.assert_close(torch.tensor(ended["logits"]), torch.tensor(alone["logits"]), rtol=0, atol=1e-2)
+    if kind != "factors":
+        merged = together["merge"]
+        assert merged["factor_parameters_after"] == merged["factor_parameters_before"]  # the rank is kept
+        assert merged["largest_relative_difference"] < 1e-5
+    exported, reference = (load(work / f"{name}-{kind}" / "model") for name in (f"two-{stage}", "one-0"))
+    batch = batches(n=1, length=LENGTH, seed=3)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(**batch).logits, reference(**batch).logits, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(1, "lora"), (2, "qlora"), (2, "factors")])
+def test_stages_1_and_2_are_one_process(whole: Path, stage: int, kind: str) -> None:
+    same_as_one(whole, stage, kind)
+
+
+@pytest.mark.parametrize("kind", RECOVERIES)
+def test_stage_3_is_one_process(split: Path, kind: str) -> None:
+    """Weights, packed 4-bit ones too, are split and whole again when the fit ends; so are those kept on the host."""
+    same_as_one(split, 3, kind)
+
+
+def convert(checkpoint: Path, model: Path, output: Path) -> dict[str, torch.Tensor]:
+    assert main(["convert", str(checkpoint), "--model", str(model), "--output", str(output)]) == 0
+    return load_file(output / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"), [(0, "qlora"), (1, "lora"), (2, "qlora"), (3, "lora"), (3, "qlora"), (3, "factors")]
+)
+def test_a_checkpoint_converts_to_what_the_fit_exports(
+    whole: Path, split: Path, tmp_path: Path, stage: int, kind: str
+) -> None:
+    made = whole / f"{'two' if stage else 'one'}-{stage}-{kind}"
+    converted = convert(made / "checkpoints" / "last.ckpt", whole / "model", tmp_path / "model")
+    exported = load_file(made / "model" / "model.safetensors")
+    assert converted.keys() == exported.keys()
+    for name, weight in exported.items():
+        assert torch.equal(converted[name], weight), name
+    assert (tmp_path / "model" / "config.json").read_text() == (made / "model" / "config.json").read_text()
+
+
+def test_a_missing_part_is_named(split: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("zero_pp_rank_1_mp_rank_00_optim_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        path = tmp_path / name / "last.ckpt"
+        shutil.copytree(split / "two-3-lora" / "checkpoints" / "last.ckpt", path)
+        (path / "checkpoint" / name).unlink()
+        assert main(["convert", str(path), "--model", str(split / "model"), "--output", str(tmp_path / "model")]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}' is missing" in error
+        assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_gradient_that_is_not_finite_stops_every_process(whole: Path, split: Path, stage: int) -> None:
+    """Of one process alone: before the step, so that the weights and the last checkpoint are good."""
+    for rank in range(2):
+        error = (whole / f"nan-{stage}-lora" / f"error-{rank}.txt").read_text()
+        assert error.startswith("a gradient is NaN or infinite at step 2; the last good checkpoint is ")
+
+
+def test_a_killed_job_ends_and_goes_on(split: Path) -> None:
+    """One process of two gets SIGKILL: the other ends by itself, and a resumed job ends as one that never stopped."""
+    settings = {"kind": "qlora", "stage": 3, "validate_every": 4, "save_every": 5}
+    made = fits(split, "killed", settings)
+    folder = Path(made[0]["folder"])
+    status = start(split / "job-killed", [{**made[0], "kill_at": 7, "processes": 2}], 2, launcher=False)
+    assert status != 0
+    assert time.time() - float((folder / "killed").read_text()) < 60
+    assert start(split / "job-resumed", [{**made[0], "resume": True}], 2) == 0
+    resumed, reference = result(folder), result(split / "two-3-qlora")
+    assert difference(resumed["losses"], reference["losses"][5:]) < 1e-6
+    assert difference(resumed["logits"], reference["logits"]) < 1e-4

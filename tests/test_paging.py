@@ -1,0 +1,89 @@
+"""Mapped tensors: what is read can be dropped, what was written stays."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowrank_lit.errors import LowRankError
+from lowrank_lit.paging import Workspace, release
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
+
+
+def resident_files() -> int:
+    """MiB of mapped files in memory."""
+    found = re.search(r"RssFile:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) // 1024
+
+
+def kept(tmp_path: Path, megabytes: int = 64) -> tuple[Tensor, Tensor]:
+    value = torch.randn(megabytes * 2**18, generator=torch.Generator().manual_seed(0))
+    return value, Workspace(tmp_path).keep({"value": value})["value"]
+
+
+def test_what_is_kept_has_the_same_values_and_outlives_the_folder(tmp_path: Path) -> None:
+    own = {"a": torch.randn(3, 5).T, "b": torch.arange(7), "c": torch.randn(4, dtype=torch.float64).bfloat16()}
+    own["d"] = own["b"]  # shared memory
+    workspace = Workspace(tmp_path / "new" / "folder")
+    found = workspace.keep(own)
+    assert workspace.keep({}) == {}
+    workspace.close()
+    assert not any((tmp_path / "new" / "folder").iterdir())
+    for key, value in own.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+
+
+@linux
+def test_pages_are_dropped_and_read_again(tmp_path: Path) -> None:
+    value, mapped = kept(tmp_path)
+    before = resident_files()
+    assert torch.equal(mapped, value)
+    assert resident_files() - before > 56
+    assert release([mapped]) > 60 * 2**20
+    assert resident_files() - before < 8
+    assert torch.equal(mapped, value)
+
+
+@linux
+def test_a_mapping_that_was_written_to_stays(tmp_path: Path) -> None:
+    value, mapped = kept(tmp_path, 8)
+    mapped[12345] = 5.0
+    value[12345] = 5.0
+    assert release([mapped]) == 0
+    assert torch.equal(mapped, value)
+
+
+def test_ordinary_memory_stays() -> None:
+    value = torch.randn(2**20)
+    copy = value.clone()
+    assert release([value, value[::2], torch.empty(5, device="meta"), torch.empty(0)]) == 0
+    assert torch.equal(value, copy)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LowRankError, match=r"workspace='.*file' cannot be made .*; give a folder"):
+        Workspace(tmp_path / "file")
+
+
+@linux
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    import resource
+
+    workspace, value = Workspace(tmp_path), torch.zeros(2**20)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.raises(LowRankError, match=r"cannot take 4 MiB more after 0 MiB .*; free space"):
+            workspace.keep({"value": value})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(workspace.folder.iterdir())
