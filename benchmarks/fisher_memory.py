@@ -36,7 +36,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit import LowRankModule, TextDataModule
-from lowrank_lit.calibration import as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
 from lowrank_lit.gradients import frozen, next_token_loss, start_graph
 from lowrank_lit.surgery import dense_weight, find_targets
 

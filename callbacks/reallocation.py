@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lowrank_lit.allocation import budget_of, check_keep_ratio
+from lowrank_lit.batches import as_batches
 from lowrank_lit.cache import load_compression, save_compression
-from lowrank_lit.calibration import as_batches
 from lowrank_lit.callbacks._shared import calibration_text, callbacks_of, find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.export import ExportOnFitEnd, refuse_sharded

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lowrank_lit.calibration import as_batches
+from lowrank_lit.batches import as_batches
 from lowrank_lit.callbacks._shared import calibration_text
 from lowrank_lit.callbacks.export import refuse_sharded
 from lowrank_lit.compress import batches_hash

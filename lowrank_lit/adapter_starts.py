@@ -24,7 +24,8 @@ from lowrank_lit.adapter_config import (
     join,
     resolve_targets,
 )
-from lowrank_lit.calibration import as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
 from lowrank_lit.errors import LowRankError, ModelError
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.linalg import damp, require_finite, symmetric_eigen, to_double

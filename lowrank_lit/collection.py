@@ -19,7 +19,9 @@ from tqdm.auto import tqdm
 
 from lowrank_lit import distributed
 from lowrank_lit.allocation import MatrixSpec
-from lowrank_lit.calibration import Calibration, as_batches, calibrate, check_tokens, split_single
+from lowrank_lit.batches import as_batches, check_tokens, split_single
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import DataError, GradientError, ModelError, reason_of, warn_caller
 from lowrank_lit.evidence import component_changes, places_of, specs_of
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
@@ -86,7 +88,7 @@ class Collection:
         targets: The matrices by layer name.
         layers: Their layers.
         places: See :func:`lowrank_lit.evidence.places_of`.
-        mode: How the dense model was calibrated, see :class:`lowrank_lit.calibration.Calibration`.
+        mode: How the dense model was calibrated, see :class:`lowrank_lit.collector.Calibration`.
         resume: Folder in which the statistics of the dense model wait for the end of the compression, and its
             fingerprint; a run that was interrupted goes on from them. ``None`` keeps none.
         costs: So far; whoever makes a plan puts a new one here.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_lit import distributed
 from lowrank_lit._version import __version__
-from lowrank_lit.calibration import as_batches, count_sequences, count_tokens, split_single
+from lowrank_lit.batches import as_batches, count_sequences, count_tokens, split_single
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import RankPlan

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lowrank_lit.allocation import MatrixProfile, MatrixSpec
-from lowrank_lit.calibration import Calibration
+from lowrank_lit.collector import Calibration
 from lowrank_lit.linalg import to_double
 from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings

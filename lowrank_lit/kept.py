@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_lit.calibration import Calibration
+from lowrank_lit.collector import Calibration
 from lowrank_lit.statistics import LayerStatistics, tensors_of
 
 CALIBRATION_FILE = "calibration.safetensors"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit.allocation import MatrixSpec
-from lowrank_lit.calibration import Calibration, calibrate
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import GradientError, ModelError, PlanError
 from lowrank_lit.gradients import SampledTokenLoss
 from lowrank_lit.layers import FactoredLinear, PivotLinear
@@ -86,7 +87,7 @@ def factor_fully(
 
     Args:
         model: Changed in place, once everything has been computed.
-        batches: Calibration batches, from :func:`lowrank_lit.calibration.as_batches`.
+        batches: Calibration batches, from :func:`lowrank_lit.batches.as_batches`.
         names: Dotted names of linear or factored layers.
         device: Where to compute; ``None`` is where the model is.
 

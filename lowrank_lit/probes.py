@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit.allocation import MatrixSpec
-from lowrank_lit.calibration import count_sequences
+from lowrank_lit.batches import count_sequences
 from lowrank_lit.errors import GradientError
 from lowrank_lit.gradients import next_token_loss, predicted_positions, require_next_token_model
 from lowrank_lit.refit import substituted

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.calibration import as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
 from lowrank_lit.errors import LowRankError, ModelError
 from lowrank_lit.layers import FactoredLayer, FactoredLinear
 from lowrank_lit.linalg import to_double

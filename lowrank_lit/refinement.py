@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
-from lowrank_lit.calibration import as_batches, count_tokens
+from lowrank_lit.batches import as_batches, count_tokens
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.residual import find_repeating_blocks

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_lit import distributed
-from lowrank_lit.calibration import count_sequences, count_tokens, own_share
+from lowrank_lit.batches import count_sequences, count_tokens
+from lowrank_lit.calibration import own_share
 from lowrank_lit.errors import DataError
 from lowrank_lit.refit import held_out, substituted
 from lowrank_lit.streaming import Batch, evaluating, logits_of, moved, real_positions, to_device

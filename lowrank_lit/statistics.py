@@ -372,7 +372,8 @@ def stored_statistics(
     """
     tensors = {name: tensors_of(entry) for name, entry in statistics.items()}
     kept = keep({str(id(value)): value for own in tensors.values() for value in own.values()})
-    return {
-        name: replace(entry, **{key: kept[str(id(value))] for key, value in tensors[name].items()})
-        for name, entry in statistics.items()
-    }
+    found = {}
+    for name, entry in statistics.items():
+        moments: dict[str, Any] = {key: kept[str(id(value))] for key, value in tensors[name].items()}
+        found[name] = replace(entry, **moments)
+    return found

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.calibration import Calibration, as_batches, calibrate, split_single
+from lowrank_lit.batches import as_batches, split_single
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import DataError, NonFiniteError
 from lowrank_lit.surgery import dense_weight, find_targets
 from tests.tiny import batches, tiny_model

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.allocation import MatrixSpec
-from lowrank_lit.calibration import Calibration, as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.evidence import (
     block_importance,
     component_changes,

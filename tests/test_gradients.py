@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_lit.calibration import Calibration, as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import DataError, GradientError, LowRankError, NonFiniteError
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
 from lowrank_lit.statistics import GradientSums, LayerStatistics, fisher_sums

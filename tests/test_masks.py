@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.calibration import as_batches
+from lowrank_lit.batches import as_batches
 from lowrank_lit.errors import ModelError, NonFiniteError
 from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.masks import MaskedLinear, MaskedModel, factor_fully, mask_layers

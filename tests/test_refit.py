@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit import refit
-from lowrank_lit.calibration import as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
 from lowrank_lit.errors import NonFiniteError
 from lowrank_lit.metrics import GRADIENT_SHRINKAGE, moments_of
 from lowrank_lit.refit import BETAS, AnchoredRefit, anchored_refit, held_out, substituted

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit import selection
-from lowrank_lit.calibration import as_batches
+from lowrank_lit.batches import as_batches
 from lowrank_lit.errors import DataError, NonFiniteError
 from lowrank_lit.refit import held_out
 from lowrank_lit.selection import Judge, log_probabilities

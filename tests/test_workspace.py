@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit import compress
-from lowrank_lit.calibration import Calibration, as_batches, calibrate
+from lowrank_lit.batches import as_batches
+from lowrank_lit.calibration import calibrate
+from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import LowRankError, NonFiniteError
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
 from lowrank_lit.hub import export, load

@@ -1,0 +1,235 @@
+"""The hooks and sums of one calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_lit import distributed
+from lowrank_lit.batches import count_tokens
+from lowrank_lit.errors import DataError
+from lowrank_lit.gradients import (
+    GradientCollector,
+    WeightOf,
+)
+from lowrank_lit.paging import Workspace
+from lowrank_lit.residual import BlockCosine, ResidualWatcher, resolve_importance
+from lowrank_lit.statistics import (
+    BACKWARD_MOMENTS,
+    FORWARD_MOMENTS,
+    GradientSums,
+    InputSums,
+    LayerStatistics,
+    full_float32,
+    real_tokens,
+    stored_statistics,
+)
+from lowrank_lit.streaming import (
+    Batch,
+    real_positions,
+)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Result of a calibration.
+
+    Attributes:
+        statistics: Second moments by layer name; empty where the metric needs none.
+        importance: ``1 - cos`` of the sub-block of each layer, by layer name; empty where not asked for.
+        tokens: Tokens seen, padding left out.
+        mode: ``blocks`` (one block at a time on the device), ``whole``, or ``none`` where nothing had to be collected.
+        notes: What a user should know, one sentence each.
+    """
+
+    statistics: dict[str, LayerStatistics] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    mode: str = "none"
+    notes: tuple[str, ...] = ()
+
+
+class Collector:
+    """Owns the hooks and sums of one calibration."""
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        weight_of: WeightOf,
+        moments: frozenset[str],
+        *,
+        watch: bool,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self.layers = layers
+        self.workspace = workspace
+        self.wanted = moments
+        self.weight_of = weight_of
+        self.moments = moments & FORWARD_MOMENTS
+        self.gradients = GradientCollector(moments, weight_of) if moments & BACKWARD_MOMENTS else None
+        self.watcher = (
+            ResidualWatcher({name: list(layer.parameters()) for name, layer in layers.items()}) if watch else None
+        )
+        self.cosines: BlockCosine | None = None
+        self.mask: Tensor | None = None
+        self.tokens = 0
+        self._in_forward = False
+        self._sums: dict[str, InputSums] = {}
+        self._results: dict[str, LayerStatistics] = {}
+        # Layers fed the same tensor share one sum; the first of them that is called owns it.
+        self._owner: dict[str, str] = {}
+        self._last: tuple[Tensor, str] | None = None
+
+    def count(self, batch: Batch) -> None:
+        """Count the tokens of a batch, padding left out."""
+        self.tokens += count_tokens(batch)
+
+    @contextmanager
+    def on(self, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Hooks on ``layers`` for the time of the context; their sums are turned into statistics at its end."""
+        with ExitStack() as hooks:
+            for name, layer in layers.items() if self.moments else ():
+                hooks.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+            if self.gradients is not None:  # after the inputs' hooks, which are to see what the model hands over
+                hooks.enter_context(self.gradients.on(layers))
+            yield
+            self._close(layers)
+
+    @contextmanager
+    def batch(self, batch: Batch, device: torch.device | None) -> Iterator[None]:
+        """The context of one forward; a backward comes after it."""
+        mask = real_positions(batch)
+        self.mask = None if mask is None or bool(mask.all()) else mask.to(device)
+        self._in_forward = True
+        try:
+            with ExitStack() as stack:
+                if self.gradients is not None:
+                    stack.enter_context(self.gradients.batch(batch, self.mask))
+                for watcher in (self.watcher, self.cosines):
+                    if watcher is not None:
+                        stack.enter_context(watcher.batch(self.mask))
+                yield
+        finally:
+            self._in_forward = False
+            self._last = None
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+            # Gradient checkpointing runs forwards again in the backward, whose inputs have been counted. And the
+            # watcher follows the model's own operations; those of the statistics are none of its business.
+            if self._in_forward:
+                with torch._C.DisableTorchFunction(), torch.no_grad(), full_float32():
+                    self._add(name, layer, args[0])
+
+        return hook
+
+    def _add(self, name: str, layer: nn.Module, x: Tensor) -> None:
+        last, sharer = self._last if self._last is not None else (None, name)
+        owner = self._owner.setdefault(name, sharer if last is x else name)
+        if owner != name:
+            if last is not x:  # adding nothing here would leave these tokens out of the sum
+                _check_owner(name, owner, name)
+            return
+        if name not in self._sums:
+            self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
+        sums = self._sums[name]
+        sums.add(real_tokens(x, self.mask), lambda: self.weight_of(layer).detach())
+        if sums.outputs is None:  # a moment of the outputs is the layer's own
+            self._last = (x, name)
+
+    def _merge(self, layers: Mapping[str, nn.Module]) -> None:
+        """Add up the sums of ``layers`` over all processes. One whose share does not reach a layer, such as an expert,
+        adds zeros."""
+        if distributed.size() == 1:
+            return
+        gradients = {} if self.gradients is None else self.gradients.sums
+        owners = {name: owner for name, owner in self._owner.items() if name in layers}
+        columns = {name: sums.columns for name, sums in self._sums.items()}
+        shapes = {name: sums.shape for name, sums in gradients.items()}
+        seen = distributed.gather("the sums of calibration", (owners, columns, shapes))
+        for owners, _, _ in seen:
+            for name, owner in owners.items():
+                _check_owner(name, owner, self._owner.setdefault(name, owner))
+        # In the same order everywhere: for the sums, and for the layer that an error names.
+        for name, size in {name: size for _, found, _ in seen for name, size in found.items()}.items():
+            inputs = self._sums.pop(name, None) or _no_inputs(self, layers[name], size)
+            inputs.reduce(distributed.add_up)
+            self._sums[name] = inputs
+        for name, shape in {name: shape for _, _, found in seen for name, shape in found.items()}.items():
+            sums = gradients.pop(name, None) or GradientSums(self.wanted, *shape, _place(layers[name]))
+            sums.reduce(distributed.add_up)
+            gradients[name] = sums
+
+    def _close(self, layers: Mapping[str, nn.Module]) -> None:
+        """Turn the sums of ``layers`` into statistics and let the sums go."""
+        self._merge(layers)
+        own = {name: LayerStatistics(sums.tokens, **sums.means()) for name, sums in self._sums.items()}
+        self._sums.clear()
+        called = () if self.gradients is None else tuple(self.gradients.sums)
+        gradients = {name: self.gradients.take(name) for name in called} if self.gradients is not None else {}
+        for name in layers if self.moments or self.gradients is not None else ():
+            sums = gradients.get(name)
+            if self.moments:
+                statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
+            else:
+                statistics = LayerStatistics(0 if sums is None else sums.tokens)
+            if statistics.tokens == 0:
+                raise DataError(
+                    f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it"
+                )
+            statistics.check(name)
+            self._results[name] = statistics
+        # After all inputs: a NaN in one layer's outputs is one in every layer's gradients.
+        for name, sums in gradients.items():
+            if sums is not None:
+                self._results[name] = replace(self._results[name], **sums.means())
+                self._results[name].check(name)
+        if self.workspace is not None:
+            self._results |= stored_statistics({name: self._results[name] for name in layers}, self.workspace.keep)
+
+    def finish(self, mode: str) -> Calibration:
+        if self.gradients is not None:
+            self.gradients.check_gradients()
+        results = {name: self._results[name] for name in self.layers if name in self._results}
+        notes: tuple[str, ...] = ()
+        importance: dict[str, float] = {}
+        if self.watcher is not None:
+            watcher, cosines = _merged(self.watcher, self.cosines)
+            fallback = {} if cosines is None else cosines.importance()
+            importance, notes = resolve_importance(list(self.layers), watcher.importance(), fallback)
+        return Calibration(results, importance, self.tokens, mode, notes)
+
+
+def _check_owner(name: str, owner: str, other: str) -> None:
+    """Check that a layer shares its input with the same one always."""
+    if owner != other:
+        raise DataError(
+            f"layer '{name}' shares its input with '{owner if owner != name else other}' in one forward and not in "
+            "another; leave it out of targets"
+        )
+
+
+def _no_inputs(collector: Collector, layer: nn.Module, columns: int) -> InputSums:
+    return InputSums(collector.moments, lambda: collector.weight_of(layer).shape[0], columns, _place(layer))
+
+
+def _place(layer: nn.Module) -> torch.device:
+    return next(layer.parameters()).device
+
+
+def _merged(watcher: ResidualWatcher, cosines: BlockCosine | None) -> tuple[ResidualWatcher, BlockCosine | None]:
+    """Watchers with the sums of all processes, added in the order of the processes everywhere."""
+    if distributed.size() == 1:
+        return watcher, cosines
+    own = [dict(sums) for sums in (watcher.sums, {} if cosines is None else cosines.sums)]
+    whole, of_blocks = watcher.empty(), None if cosines is None else cosines.empty()
+    for branches, blocks in distributed.gather("the importance of the modules", own):
+        whole.merge(branches)
+        if of_blocks is not None:
+            of_blocks.merge(blocks)
+    return whole, of_blocks
