@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _common import in_own_process
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lowrank_lit.callbacks import (
@@ -158,13 +156,10 @@ def main() -> None:
         return
     if options.table:
         print("| run | stage | where | estimated, MiB | used, MiB | used / estimated |\n|---|---|---|---|---|---|")
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    settings = ("width", "layers", "batch_size", "length", "blocks", "keep", "accelerator", "threads")
-    own = [part for name in settings for part in (f"--{name}", str(getattr(options, name)))]
+    names = ("width", "layers", "batch_size", "length", "blocks", "keep", "accelerator", "threads")
+    settings = {name: getattr(options, name) for name in names}
     for case in options.cases:
-        command = [sys.executable, __file__, "--case", case, *own]
-        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        line = done.stdout.splitlines()[-1]
+        line = in_own_process(__file__, case, settings)
         print("\n".join(rows(json.loads(line))) if options.table else line, flush=True)
 
 
