@@ -113,27 +113,27 @@ def dense_perplexity(folder: str, sources: dict[str, str]) -> float:
 
 
 def table(entries: list[dict[str, Any]]) -> None:
-    """A row per model, keep ratio and settings: both arms, seed by seed."""
-    print("| model | keep | one-shot | one-shot + steps | progressive | progressive / one-shot, by seed |")
-    print("|---|---|---|---|---|---|")
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """A row per model, keep ratio, settings and start of progressive: both arms, seed by seed."""
+    print("| model | keep | preset | steps | rate | start | one-shot | one-shot + steps | progressive | ratio by seed |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    common = ("keep", "preset", "steps", "learning_rate", "batch_size", "recovery")
+    arms: dict[tuple[Any, ...], dict[Any, dict[int, dict[str, Any]]]] = {}
     for entry in entries:
-        common = {key: entry["cell"][key] for key in ("keep", "steps", "learning_rate", "batch_size", "recovery")}
-        groups.setdefault(json.dumps([entry["model"], common]), []).append(entry)
-    for key, group in groups.items():
-        model, common = json.loads(key)
-        arms = {
-            arm: {e["cell"]["seed"]: e for e in group if e["cell"]["arm"] == arm} for arm in ("one-shot", "progressive")
-        }
-        seeds = sorted(arms["one-shot"].keys() & arms["progressive"].keys())
-        if not seeds:
-            continue
-        one, two = ([arms[arm][seed]["perplexity"] for seed in seeds] for arm in ("one-shot", "progressive"))
-        before, dense = arms["one-shot"][seeds[0]]["before"]["compressed"], group[0]["dense"]
-        excess = [f"{mean(one):.2f} ({mean(map(math.log, one)) - math.log(dense):.3f})"]
-        excess.append(f"{mean(two):.2f} ({mean(map(math.log, two)) - math.log(dense):.3f})")
-        ratios = ", ".join(f"{b / a:.4f}" for a, b in zip(one, two, strict=True))
-        print(f"| {model} | {common['keep']} | {before:.2f} | {excess[0]} | {excess[1]} | {ratios} |")
+        cell = entry["cell"]
+        group = arms.setdefault((entry["model"], *(cell[key] for key in common)), {})
+        group.setdefault(cell.get("start"), {})[cell["seed"]] = entry  # None is the arm that starts at the target
+    for (model, keep, preset, steps, rate, *_), starts in arms.items():
+        plain = starts.pop(None, {})
+        for start, found in starts.items():
+            seeds = sorted(plain.keys() & found.keys())
+            if not seeds:
+                continue
+            one, two = ([arm[seed]["perplexity"] for seed in seeds] for arm in (plain, found))
+            before, dense = plain[seeds[0]]["before"]["compressed"], plain[seeds[0]]["dense"]
+            shown = [f"{mean(arm):.2f} ({mean(map(math.log, arm)) - math.log(dense):.3f})" for arm in (one, two)]
+            ratios = ", ".join(f"{b / a:.4f}" for a, b in zip(one, two, strict=True))
+            row = (model, keep, preset, steps, rate, start, f"{before:.2f}", *shown, ratios)
+            print("| " + " | ".join(map(str, row)) + " |")
 
 
 def main() -> None:
