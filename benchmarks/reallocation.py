@@ -114,7 +114,9 @@ def dense_perplexity(folder: str, sources: dict[str, str]) -> float:
 
 def table(entries: list[dict[str, Any]]) -> None:
     """A row per model, keep ratio, settings and start of progressive: both arms, seed by seed."""
-    print("| model | keep | preset | steps | rate | start | one-shot | one-shot + steps | progressive | ratio by seed |")
+    print(
+        "| model | keep | preset | steps | rate | start | one-shot | one-shot + steps | progressive | ratio by seed |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     common = ("keep", "preset", "steps", "learning_rate", "batch_size", "recovery")
     arms: dict[tuple[Any, ...], dict[Any, dict[int, dict[str, Any]]]] = {}
