@@ -25,14 +25,11 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import subprocess
-import sys
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import EMBEDDED, in_own_process, reset_peak, resident
 from torch import Tensor, nn
 
 from lowrank_lit import LowRankModule, TextDataModule
@@ -41,7 +38,6 @@ from lowrank_lit.calibration import calibrate
 from lowrank_lit.gradients import frozen, next_token_loss, start_graph
 from lowrank_lit.surgery import dense_weight, find_targets
 
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 CASES = ("inference", "activations", "fisher", "gradients", "full Fisher")
 FISHER = frozenset({"fisher"})
 
@@ -94,14 +90,6 @@ def collect(model: nn.Module, layers: dict[str, nn.Module], batches: list[dict[s
                 layer.weight.grad = None
 
 
-def resident(field: str) -> int:
-    """A figure of this process's memory, in bytes: ``VmRSS`` now, ``VmHWM`` the peak since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status; run on Linux")
-
-
 def measure(options: argparse.Namespace) -> None:
     """Print one case's figures as JSON."""
     torch.set_num_threads(options.threads)
@@ -110,26 +98,20 @@ def measure(options: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 4096, (options.sequences, 1, options.length[0]), generator=generator)
     collect(model, layers, as_batches([{"input_ids": ids[0, :, :16]}]), options.case)
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident("now")
+    reset_peak()
     collect(model, layers, as_batches([{"input_ids": row} for row in ids]), options.case)
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     targets = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers.values())
-    print(json.dumps({"weights": weights, "targets": targets, "peak": resident("VmHWM") - before}))
+    print(json.dumps({"weights": weights, "targets": targets, "peak": resident("largest") - before}))
 
 
 def memory_table(options: argparse.Namespace, length: int) -> None:
     """One process per case."""
     figures: dict[str, dict[str, int]] = {}
+    settings = {name: getattr(options, name) for name in ("width", "inner", "layers", "sequences", "threads")}
     for case in CASES:
-        command = [sys.executable, __file__, "--case", case]
-        command += ["--length", str(length)]
-        for name in ("width", "inner", "layers", "sequences", "threads"):
-            command += [f"--{name}", str(getattr(options, name))]
-        # Allocations of 64 KiB and more are mapped, and unmapped when freed: the resident size follows the tensors.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        figures[case] = json.loads(done.stdout.splitlines()[-1])
+        figures[case] = json.loads(in_own_process(__file__, case, {**settings, "length": length}))
     weights, targets = (figures["fisher"][name] / 2**20 for name in ("weights", "targets"))
     print(
         f"\n**Llama, {options.layers} blocks of width {options.width}, {options.sequences} sequences of "

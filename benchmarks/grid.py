@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import EXTRACTS, Problem, Results, asked, available, read
 
 from lowrank_lit import LowRankModule, TextDataModule, perplexity
 from lowrank_lit.errors import LowRankError
@@ -37,7 +37,6 @@ from lowrank_lit.study import Study
 KEEP_RATIOS = (0.8, 0.6, 0.4)
 METRICS = ("identity", "activation_scale", "fisher_input", "fisher_two_sided", "corda", "input", "two_sided")
 ALLOCATORS = ("uniform", "unirank", "effective_rank", "svd_llm_v2", "sensitivity", "zero_sum", "measured", "knapsack")
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 PLAIN = {"preset": "unirank", "feedback": "none", "rounds": 1, "select": False}
 
 
@@ -79,27 +78,15 @@ def cells(groups: list[str]) -> Iterator[dict[str, Any]]:
         yield {**PLAIN, "metric": "two_sided", "allocator": "knapsack", "labels": "text"}
 
 
-def problems(bench: str | None, names: list[str]) -> Iterator[tuple[str, str, dict[str, str], str | None]]:
-    """Name, model folder, text sources and the text of another domain, of every model that is there."""
-    extracts = {split: f"embedded:{split}" for split in ("calibration", "validation", "test")}
-    folder = os.environ.get("LOWRANK_LIT_REFERENCE")
-    text = Path(folder or "") / "text"
-    wiki = {
-        split: str(text / "wikitext2" / f"wiki.{name}.txt")
-        for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
-    }
-    held_out = str(text / "tinystories" / "valid_1000.txt")
-    stories = {"train": str(text / "tinystories" / "train_head_2MiB.txt"), "test": held_out, "validation": held_out}
-    found: list[tuple[str, str, dict[str, str], str | None]] = [
-        ("embedded", str(EMBEDDED), extracts, wiki["test"] if folder else None)
-    ]
-    if folder:
-        found.append(("stories260K", str(Path(folder) / "models" / "stories260K"), stories, wiki["test"]))
-        found.append(("wiki-llama-3m", str(Path(folder) / "models" / "wiki-llama-3m"), wiki, held_out))
+def problems(bench: str | None, names: str) -> list[Problem]:
+    """All models that are there, those of the folder ``bench`` too; with ``names`` no others."""
+    found = list(available())
     if bench:
-        other = wiki["test"] if folder else None
-        found += [(f"{name}-bench", str(Path(bench) / name / "model"), extracts, other) for name in ("neox", "qwen2")]
-    yield from (entry for entry in found if not names or entry[0] in names)
+        other = found[0].other
+        found += [
+            Problem(f"{name}-bench", str(Path(bench, name, "model")), EXTRACTS, other) for name in ("neox", "qwen2")
+        ]
+    return [problem for problem in found if asked(problem.name, names)]
 
 
 class Bench:
@@ -255,23 +242,20 @@ def main() -> None:
     parser.add_argument("--table", nargs="*", help="print tables of these files (default: the output)")
     options = parser.parse_args()
     if options.table is not None:
-        lines = [line for file in options.table or [options.output] for line in Path(file).read_text().splitlines()]
-        tables([json.loads(line) for line in lines])
+        tables(read(options.table or [options.output]))
         return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["key"] for line in output.read_text().splitlines()} if output.is_file() else set()
+    results = Results(options.output)
     wanted = list({json.dumps(cell, sort_keys=True): cell for cell in cells(options.groups.split(","))}.values())
-    for name, folder, sources, other in problems(options.bench, [part for part in options.models.split(",") if part]):
+    for name, folder, sources, other in problems(options.bench, options.models):
         for seed in map(int, options.seeds.split(",")):
             bench: Bench | None = None
             for cell in wanted:
                 for ratio in map(float, options.keep_ratios.split(",")):
                     settings = {**cell, **json.loads(options.extra)}
                     key = json.dumps([name, seed, options.split, ratio, settings], sort_keys=True)
-                    if key in done:
+                    if key in results:
                         continue
                     bench = bench or Bench(name, folder, sources, other, seed, options.split)
                     entry = {"key": key, "model": name, "seed": seed, "split": options.split, "keep": ratio}
@@ -282,8 +266,7 @@ def main() -> None:
                         }
                     except LowRankError as error:
                         entry |= {"settings": settings, "error": str(error)}
-                    with output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(entry) + "\n")
+                    results.append(entry)
                     shown = entry.get("error") or f"{entry['excess']} {entry['seconds']}s {entry['notes']}"
                     print(name, seed, ratio, settings, shown, flush=True)
 

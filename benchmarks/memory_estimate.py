@@ -24,9 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -34,6 +31,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _common import in_own_process
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -195,17 +193,16 @@ def main() -> None:
     if options.table:
         print("| blocks x width | run | stage | where | estimated, MiB | used, MiB | used / estimated |")
         print("|---|---|---|---|---|---|---|", flush=True)
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    settings = ("batch_size", "length", "blocks", "keep", "accelerator", "threads")
-    own = [part for name in settings for part in (f"--{name}", str(getattr(options, name)))]
+    settings = {
+        name: getattr(options, name) for name in ("batch_size", "length", "blocks", "keep", "accelerator", "threads")
+    }
     found: list[tuple[float, float]] = []
     for width, layers in zip(options.width, options.layers, strict=True):
         for case in options.cases:
-            command = [sys.executable, __file__, "--case", case, "--width", str(width), "--layers", str(layers), *own]
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            entry = json.loads(done.stdout.splitlines()[-1])
+            line = in_own_process(__file__, case, {"width": width, "layers": layers, **settings})
+            entry = json.loads(line)
             found += ratios(entry)
-            print("\n".join(rows(entry)) if options.table else json.dumps(entry), flush=True)
+            print("\n".join(rows(entry)) if options.table else line, flush=True)
     large = [ratio for size, ratio in found if size >= LARGE]
     near = sum(abs(ratio - 1) <= TOLERANCE for ratio in large)
     print(f"within 15 %: {near} of {len(large)} rows of {LARGE} MiB and more", file=sys.stderr)

@@ -35,6 +35,7 @@ from statistics import mean
 from typing import Any
 
 import torch
+from _common import Results
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -78,7 +79,7 @@ def matrices() -> Iterator[tuple[str, Tensor]]:
                 yield name.removeprefix("transformer.").removesuffix(".weight"), tensors.get_tensor(name).double().T
 
 
-def gauge_entries(done: set[str]) -> Iterator[dict[str, Any]]:
+def gauge_entries(done: Results) -> Iterator[dict[str, Any]]:
     """Errors of every matrix, rank and gauge that is not done."""
     for name, weight in matrices():
         left, values, right = torch.linalg.svd(weight, full_matrices=False)
@@ -162,7 +163,7 @@ def recover(
     return found
 
 
-def wide_entries(done: set[str], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def wide_entries(done: Results, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every case and seed of the end-to-end run that is not done."""
     wanted = [
         (case, seed, json.dumps(["wide", case, seed, options.steps, options.pretrain, options.rate, options.keep]))
@@ -241,22 +242,18 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the tables of the output")
     options = parser.parse_args()
-    output = Path(options.output)
-    entries = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    results = Results(options.output)
     if options.table:
         for kind, show in (("gauge", gauge_table), ("wide", wide_table)):
-            if own := [entry for entry in entries if entry["kind"] == kind]:
+            if own := [entry for entry in results.entries if entry["kind"] == kind]:
                 show(own)
         return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    done = {entry["key"] for entry in entries}
-    output.parent.mkdir(parents=True, exist_ok=True)
-    parts = {"gauge": gauge_entries(done), "wide": wide_entries(done, options)}
+    parts = {"gauge": gauge_entries(results), "wide": wide_entries(results, options)}
     for part in options.parts.split(","):
         for entry in parts[part]:
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            results.append(entry)
             print({key: value for key, value in entry.items() if key != "key"}, flush=True)
 
 

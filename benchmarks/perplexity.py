@@ -14,41 +14,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
+from _common import problems
 
 from lowrank_lit import LowRankModule, TextDataModule, compress, perplexity
 
 KEEP_RATIOS = (0.8, 0.6, 0.4)
 CELLS = (("identity", "uniform"), ("identity", "unirank"), ("input", "uniform"), ("input", "unirank"))
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
-
-
-def problems() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Name, model folder and text sources of every model that is there."""
-    extracts = {split: f"embedded:{split}" for split in ("calibration", "validation", "test")}
-    yield "embedded model, Python's documentation and library", str(EMBEDDED), extracts
-    if folder := os.environ.get("LOWRANK_LIT_REFERENCE"):
-        root = Path(folder)
-        stories = root / "text" / "tinystories"
-        yield (
-            "stories260K, TinyStories",
-            str(root / "models" / "stories260K"),
-            {"train": str(stories / "train_head_2MiB.txt"), "test": str(stories / "valid_1000.txt")},
-        )
-        wiki = root / "text" / "wikitext2"
-        yield (
-            "wiki-llama-3m, WikiText-2",
-            str(root / "models" / "wiki-llama-3m"),
-            {
-                split: str(wiki / f"wiki.{name}.txt")
-                for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
-            },
-        )
+TITLES = {
+    "embedded": "embedded model, Python's documentation and library",
+    "stories260K": "stories260K, TinyStories",
+    "wiki-llama-3m": "wiki-llama-3m, WikiText-2",
+}
 
 
 def main() -> None:
@@ -59,16 +38,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for title, folder, sources in problems():
+    for name, folder, sources, _ in problems(TITLES):
         data = TextDataModule(sources, folder)
-        if not data.has(options.split):
+        if not data.has(options.split) or (name, options.split) == ("stories260K", "validation"):  # one held-out file
             continue
         module = LowRankModule(folder)
         module.configure_model()
         blocks = data.evaluation(options.split)
         batches = data.calibration_batches()
         dense = perplexity(module.model, blocks)
-        print(f"\n**{title}** ({options.split}, {len(blocks)} blocks; dense {dense:.2f})\n")
+        print(f"\n**{TITLES[name]}** ({options.split}, {len(blocks)} blocks; dense {dense:.2f})\n")
         print(
             "| metric | allocator | "
             + " | ".join(f"keep {ratio}" for ratio in KEEP_RATIOS)

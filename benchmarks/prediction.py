@@ -60,7 +60,7 @@ def main() -> None:
         "| model | plans: dense | x importance | compressed, x importance | predicted, nats | measured, nats | ", end=""
     )
     print("cosine against effective rank: identity | input | two_sided |\n|---|---|---|---|---|---|---|---|---|")
-    for name, folder, sources, _ in problems(options.bench, [part for part in options.models.split(",") if part]):
+    for name, folder, sources, _ in problems(options.bench, options.models):
         bench = Bench(name, folder, sources, None, 0, "test")
         study, settings = bench.study, Settings(0.7, preset="fast", select=False)
         specs = specs_of(study.targets, settings)

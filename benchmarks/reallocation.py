@@ -21,7 +21,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -31,28 +30,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _common import Results, problems, read
 
 from lowrank_lit import LowRankModule, TextDataModule, perplexity
 from lowrank_lit.callbacks import LowRankCompression, RankPreservingLoRA
 from lowrank_lit.callbacks.reallocation import RankReallocation
 from lowrank_lit.callbacks.recovery import FactorTuning
 
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
-
-
-def problems(names: list[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Name, model folder and text sources of every model that is there."""
-    splits = ("calibration", "validation", "test")
-    extracts = {split: f"embedded:{split}" for split in splits} | {"train": "embedded:calibration"}
-    found = [("embedded", str(EMBEDDED), extracts)]
-    if folder := os.environ.get("LOWRANK_LIT_REFERENCE"):
-        text = Path(folder) / "text" / "wikitext2"
-        wiki = {
-            split: str(text / f"wiki.{name}.txt")
-            for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
-        }
-        found.append(("wiki-llama-3m", str(Path(folder) / "models" / "wiki-llama-3m"), wiki))
-    yield from (entry for entry in found if not names or entry[0] in names)
+MODELS = ("embedded", "wiki-llama-3m")
 
 
 def cells(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -128,27 +113,29 @@ def dense_perplexity(folder: str, sources: dict[str, str]) -> float:
 
 
 def table(entries: list[dict[str, Any]]) -> None:
-    """A row per model, keep ratio and settings: both arms, seed by seed."""
-    print("| model | keep | one-shot | one-shot + steps | progressive | progressive / one-shot, by seed |")
-    print("|---|---|---|---|---|---|")
-    groups: dict[str, list[dict[str, Any]]] = {}
+    """A row per model, keep ratio, settings and start of progressive: both arms, seed by seed."""
+    print(
+        "| model | keep | preset | steps | rate | start | one-shot | one-shot + steps | progressive | ratio by seed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    common = ("keep", "preset", "steps", "learning_rate", "batch_size", "recovery")
+    arms: dict[tuple[Any, ...], dict[Any, dict[int, dict[str, Any]]]] = {}
     for entry in entries:
-        common = {key: entry["cell"][key] for key in ("keep", "steps", "learning_rate", "batch_size", "recovery")}
-        groups.setdefault(json.dumps([entry["model"], common]), []).append(entry)
-    for key, group in groups.items():
-        model, common = json.loads(key)
-        arms = {
-            arm: {e["cell"]["seed"]: e for e in group if e["cell"]["arm"] == arm} for arm in ("one-shot", "progressive")
-        }
-        seeds = sorted(arms["one-shot"].keys() & arms["progressive"].keys())
-        if not seeds:
-            continue
-        one, two = ([arms[arm][seed]["perplexity"] for seed in seeds] for arm in ("one-shot", "progressive"))
-        before, dense = arms["one-shot"][seeds[0]]["before"]["compressed"], group[0]["dense"]
-        excess = [f"{mean(one):.2f} ({mean(map(math.log, one)) - math.log(dense):.3f})"]
-        excess.append(f"{mean(two):.2f} ({mean(map(math.log, two)) - math.log(dense):.3f})")
-        ratios = ", ".join(f"{b / a:.4f}" for a, b in zip(one, two, strict=True))
-        print(f"| {model} | {common['keep']} | {before:.2f} | {excess[0]} | {excess[1]} | {ratios} |")
+        cell = entry["cell"]
+        group = arms.setdefault((entry["model"], *(cell[key] for key in common)), {})
+        group.setdefault(cell.get("start"), {})[cell["seed"]] = entry  # None is the arm that starts at the target
+    for (model, keep, preset, steps, rate, *_), starts in arms.items():
+        plain = starts.pop(None, {})
+        for start, found in starts.items():
+            seeds = sorted(plain.keys() & found.keys())
+            if not seeds:
+                continue
+            one, two = ([arm[seed]["perplexity"] for seed in seeds] for arm in (plain, found))
+            before, dense = plain[seeds[0]]["before"]["compressed"], plain[seeds[0]]["dense"]
+            shown = [f"{mean(arm):.2f} ({mean(map(math.log, arm)) - math.log(dense):.3f})" for arm in (one, two)]
+            ratios = ", ".join(f"{b / a:.4f}" for a, b in zip(one, two, strict=True))
+            row = (model, keep, preset, steps, rate, start, f"{before:.2f}", *shown, ratios)
+            print("| " + " | ".join(map(str, row)) + " |")
 
 
 def main() -> None:
@@ -174,26 +161,22 @@ def main() -> None:
     parser.add_argument("--table", nargs="*", help="print the table of these files (default: the output)")
     options = parser.parse_args()
     if options.table is not None:
-        lines = [line for file in options.table or [options.output] for line in Path(file).read_text().splitlines()]
-        table([json.loads(line) for line in lines])
+        table(read(options.table or [options.output]))
         return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    done = {json.loads(line)["key"] for line in output.read_text().splitlines()} if output.is_file() else set()
-    for name, folder, sources in problems([part for part in options.models.split(",") if part]):
+    results = Results(options.output)
+    for name, folder, sources, _ in problems(MODELS, options.models):
         dense = None
         for cell in cells(options):
             key = json.dumps([name, cell], sort_keys=True)
-            if key in done:
+            if key in results:
                 continue
             dense = dense or dense_perplexity(folder, sources)
             figures = run(name, folder, sources, cell, Path(options.work))
             entry = {"key": key, "model": name, "cell": cell, "dense": dense, **figures}
-            with output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+            results.append(entry)
             print(name, cell, {part: figures[part] for part in ("perplexity", "validation", "seconds")}, flush=True)
 
 

@@ -26,15 +26,14 @@ import argparse
 import copy
 import json
 import math
-import os
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from _common import Results, problems
 
 from lowrank_lit import LowRankModule, TextDataModule, add_adapters, compress, perplexity
 from lowrank_lit.cache import load_compression, save_compression
@@ -47,19 +46,7 @@ from lowrank_lit.surgery import count_parameters
 KEEP_RATIOS = (0.6, 0.4)
 RATES = (3e-3, 1e-2)
 ENDINGS = {"factors": ("factors",), "sequential": ("sequential",), "product": ("kept", "plain", "whitened")}
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
-
-
-def problems(names: list[str]) -> Iterator[tuple[str, str, dict[str, str]]]:
-    """Name, model folder and text sources of every model that is there."""
-    extracts = {split: f"embedded:{split}" for split in ("calibration", "validation", "test")}
-    found = [("embedded", str(EMBEDDED), {**extracts, "train": "embedded:calibration"})]
-    if folder := os.environ.get("LOWRANK_LIT_REFERENCE"):
-        text = Path(folder) / "text" / "wikitext2"
-        splits = (("train", "train"), ("validation", "valid"), ("test", "test"))
-        wiki = {split: str(text / f"wiki.{name}.txt") for split, name in splits}
-        found.append(("wiki-llama-3m", str(Path(folder) / "models" / "wiki-llama-3m"), wiki))
-    yield from (entry for entry in found if not names or entry[0] in names)
+MODELS = ("embedded", "wiki-llama-3m")
 
 
 class Bench:
@@ -220,33 +207,29 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print tables of the output")
     options = parser.parse_args()
-    output = Path(options.output)
-    entries = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    results = Results(options.output)
     if options.table:
-        tables(entries)
+        tables(results.entries)
         return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    output.parent.mkdir(parents=True, exist_ok=True)
     seeds, rates = [int(seed) for seed in options.seeds.split(",")], [float(rate) for rate in options.rates.split(",")]
     protocol = [options.steps, options.batch_size, options.rank, options.blocks, options.preset]
-    for name, folder, sources in problems([part for part in options.models.split(",") if part]):
+    for name, folder, sources, _ in problems(MODELS, options.models):
         for keep in map(float, options.keep_ratios.split(",")):
             bench: Bench | None = None
             for seed in seeds:
                 for method in options.methods.split(","):
-                    best = chosen_rates(entries, seeds[0])
+                    best = chosen_rates(results.entries, seeds[0])
                     wanted = rates if seed == seeds[0] else sorted({best[name, keep, e] for e in ENDINGS[method]})
                     for rate in wanted:
                         key = json.dumps([name, keep, method, rate, seed, protocol])
-                        if any(entry["key"] == key for entry in entries):
+                        if key in results:
                             continue
                         bench = bench or Bench(name, folder, sources, keep, options)
                         entry = {"key": key, "model": name, "keep": keep, "method": method, "rate": rate, "seed": seed}
                         entry |= {"steps": options.steps, **bench.run(method, rate, seed)}
-                        entries.append(entry)
-                        with output.open("a", encoding="utf-8") as file:
-                            file.write(json.dumps(entry) + "\n")
+                        results.append(entry)
                         shown = {ending: round(values["test"], 3) for ending, values in entry["perplexity"].items()}
                         print(name, keep, method, rate, seed, shown, f"{entry['seconds']}s", flush=True)
 

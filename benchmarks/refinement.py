@@ -27,16 +27,15 @@ import argparse
 import json
 import logging
 import math
-import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from _common import Results, problems
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -48,7 +47,7 @@ from lowrank_lit.data import BlockDataset
 from lowrank_lit.settings import Settings
 
 KEEP_RATIOS = (0.6, 0.4)
-EMBEDDED = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
+MODELS = ("embedded", "wiki-llama-3m")
 ARMS: dict[str, dict[str, Any]] = {
     "blocks": {"block_epochs": 4, "epochs": 0},
     "kd": {"block_epochs": 0},
@@ -57,24 +56,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "mixed": {"block_epochs": 0, "loss": "mixed"},
 }
 """What the refinement consists of; the first three and the labels' losses to compare with."""
-
-
-def problems(names: list[str]) -> Iterator[tuple[str, str, dict[str, str], str | None]]:
-    """Name, model folder, text sources and the text of another domain, of every model that is there."""
-    folder = os.environ.get("LOWRANK_LIT_REFERENCE")
-    text = Path(folder or "") / "text"
-    wiki = {
-        split: str(text / "wikitext2" / f"wiki.{name}.txt")
-        for split, name in (("train", "train"), ("validation", "valid"), ("test", "test"))
-    }
-    extracts = {split: f"embedded:{split}" for split in ("calibration", "validation", "test")}
-    found: list[tuple[str, str, dict[str, str], str | None]] = [
-        ("embedded", str(EMBEDDED), extracts, wiki["test"] if folder else None)
-    ]
-    if folder:
-        stories = str(text / "tinystories" / "valid_1000.txt")
-        found.append(("wiki-llama-3m", str(Path(folder) / "models" / "wiki-llama-3m"), wiki, stories))
-    yield from (entry for entry in found if not names or entry[0] in names)
 
 
 class Bench:
@@ -201,23 +182,21 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="print the table of the output")
     options = parser.parse_args()
-    output = Path(options.output)
-    entries = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    results = Results(options.output)
     if options.table:
-        table(entries)
+        table(results.entries)
         return
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    done = {entry["key"] for entry in entries}
     varied = ("blocks", "epochs", "learning_rate", "warmup_steps", "block_epochs", "block_learning_rate")
-    for problem in problems([part for part in options.models.split(",") if part]):
+    for problem in problems(MODELS, options.models):
         for seed in map(int, options.seeds.split(",")):
             bench: Bench | None = None
             for keep in map(float, options.keep_ratios.split(",")):
                 for arm in options.arms.split(","):
                     key = json.dumps([problem[0], seed, keep, arm, {name: getattr(options, name) for name in varied}])
-                    if key in done:
+                    if key in results:
                         continue
                     bench = bench or Bench(*problem, seed, options)
                     plain = LowRankModule(bench.folder)
@@ -225,8 +204,7 @@ def main() -> None:
                     entry = {"key": key, "model": problem[0], "seed": seed, "keep": keep, "arm": arm}
                     entry |= {"dense": bench.dense, "unirank": bench.measure(plain.model)}
                     entry |= bench.refine(keep, ARMS[arm], options)
-                    with output.open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(entry) + "\n")
+                    results.append(entry)
                     table([entry])
 
 

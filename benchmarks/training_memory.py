@@ -22,13 +22,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Results, in_own_process, reset_peak, resident
 from torch import nn
 
 from lowrank_lit.adapter_config import is_quantised
@@ -101,49 +98,35 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(packed.get(id(p), p.numel() * p.element_size()) for p in model.parameters())
 
 
-def resident(field: str) -> int:
-    """A figure of this process's memory, in bytes: ``VmRSS`` now, ``VmHWM`` the peak since the last reset."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status; run on Linux")
-
-
 def measure(options: argparse.Namespace) -> None:
     """Print one case's figures as JSON."""
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     step_twice(build(64, 2, options.keep, options.case, device), 16, options.case)
-    before = resident("VmRSS")
+    before = resident("now")
     model = build(options.width, options.layers, options.keep, options.case, device)
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        reset_peak()
     step_twice(model, options.length, options.case)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("VmHWM") - before
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident("largest") - before
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     print(json.dumps({"peak": peak, "weights": weight_bytes(model), "trained": trained, "device": device}))
 
 
-def run(options: argparse.Namespace, output: Path, done: set[str]) -> None:
+def run(options: argparse.Namespace, results: Results) -> None:
     """One process per case."""
     fields = ("width", "layers", "length", "keep")
-    # Allocations of 64 KiB and more are mapped, and unmapped when freed: the resident size follows the tensors.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for case in CASES:
         setting: dict[str, Any] = {name: getattr(options, name) for name in fields}
         key = json.dumps([case, setting])
-        if key in done:
+        if key in results:
             continue
-        command = [sys.executable, __file__, "--case", case, "--threads", str(options.threads)]
-        for name, value in setting.items():
-            command += [f"--{name}", str(value)]
-        result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-        entry = {"key": key, "case": case, **setting, **json.loads(result.stdout.splitlines()[-1])}
-        with output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        line = in_own_process(__file__, case, {**setting, "threads": options.threads})
+        entry = {"key": key, "case": case, **setting, **json.loads(line)}
+        results.append(entry)
         print(entry, flush=True)
 
 
@@ -179,12 +162,11 @@ def main() -> None:
     if options.case:
         measure(options)
         return
-    output = Path(options.output)
-    entries = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    results = Results(options.output)
     if options.table:
-        tables(entries)
+        tables(results.entries)
         return
-    run(options, output, {entry["key"] for entry in entries})
+    run(options, results)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_lit._version import __version__
+from lowrank_lit.adapter_config import is_quantised
 from lowrank_lit.errors import ExportError, LowRankError, ModelError
 from lowrank_lit.folders import (
     FORMAT_VERSION,
@@ -246,7 +247,8 @@ def export(
 
     Raises:
         ExportError: If ``path`` holds something else, or cannot be written (full disk).
-        ModelError: If the model has unmerged adapters, or its layers are not those of its class and plan.
+        ModelError: If the model has unmerged adapters or layers in 4 bits, or its layers are not those of its class and
+            plan.
         NonFiniteError: If a weight is NaN or infinite, or becomes so in ``dtype``.
         PlanError: If the plan does not fit the model.
     """
@@ -259,7 +261,7 @@ def export(
     refuse_foreign(target, identity)
     model = getattr(model, "_orig_mod", model)  # a model wrapped by torch.compile
     _require_transformers(model)
-    _refuse_adapters(model)
+    _refuse_unmerged(model)
     if plan is not None:
         check_applied(model, plan)
     stored = _resolve_dtype(dtype)
@@ -377,10 +379,14 @@ def _require_transformers(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _refuse_adapters(model: PreTrainedModel) -> None:
+def _refuse_unmerged(model: PreTrainedModel) -> None:
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ModelError(f"'{name}' is a {type(module).__name__} of PEFT; merge the adapters first")
+        if isinstance(module, nn.Linear) and is_quantised(module):
+            raise ModelError(
+                f"'{name}' is in 4 bits, which an export does not hold; call dequantize_model(model) first"
+            )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
             "transformers would save the model's adapters alone; merge the adapters first, then delete them"

@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lowrank_lit.compress import compress
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
 from lowrank_lit.gauge import error_law, in_gauge, product_error, refit_outer, rotation
+from lowrank_lit.hub import export
 from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.linalg import balance
 from lowrank_lit.quantize import (
@@ -563,6 +565,17 @@ def test_a_tied_weight_is_not_quantised() -> None:
 def test_a_model_without_factors_is_refused() -> None:
     with pytest.raises(ModelError, match="no factored layer"):
         quantize_factors(nn.Sequential(nn.Linear(64, 64)))
+
+
+def test_layers_in_4_bits_are_not_exported(tmp_path: Path) -> None:
+    model = tiny_model("llama", hidden_size=128, intermediate_size=384)
+    plan = compress(model, batches(), keep_ratio=0.8, preset="unirank", quantum=64).plan
+    quantize_factors(model)
+    with pytest.raises(ModelError, match=r"is in 4 bits, which an export does not hold; call dequantize_model"):
+        export(model, plan, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    dequantize_model(model)
+    export(model, plan, tmp_path / "model")
 
 
 def test_missing_bitsandbytes_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
