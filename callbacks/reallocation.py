@@ -137,6 +137,15 @@ class RankReallocation(pl.Callback):
         """
         return self.begin < step <= self._last and ((step - self.begin) % self.every == 0 or step == self._last)
 
+    def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
+        """Refuse, before LowRankCompression computes anything, a schedule or a target that cannot be met."""
+        _check_callbacks(trainer, self)
+        _last_step(trainer, self)
+        compression = find_callback(trainer, LowRankCompression)
+        kept = 1.0 if compression is None else float(compression.settings()["keep_ratio"])
+        if kept <= self.keep_ratio:
+            raise _no_way_down(self.keep_ratio, kept)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Mask the model before the optimizers are made, unless an interrupted fit has left it masked."""
         if stage != "fit":
@@ -293,11 +302,15 @@ def _first_ratio(masked: MaskedModel, target: float) -> float:
     budget_of(masked.specs, target)
     first = masked.keep_ratio
     if first <= target:
-        raise BudgetError(
-            f"keep_ratio={target} of RankReallocation is no less than the {first:.4f} that the model stores when the "
-            "fit begins; choose a smaller one, or compress less before"
-        )
+        raise _no_way_down(target, first)
     return first
+
+
+def _no_way_down(target: float, first: float) -> BudgetError:
+    return BudgetError(
+        f"keep_ratio={target} of RankReallocation is no less than the {first:.4f} that the model stores when the fit "
+        "begins; choose a smaller one, or compress less before"
+    )
 
 
 def _mask(trainer: pl.Trainer, model: nn.Module, own: RankReallocation) -> MaskedModel:

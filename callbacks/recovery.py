@@ -305,6 +305,7 @@ class FactorTuning(pl.Callback):
             return
         pl_module.configure_model()
         self._restore()
+        _refuse_two(trainer)
         _require_factored(pl_module, "FactorTuning")
         trained: list[nn.Parameter] = []
         for name, layer in find_pairs(pl_module)[1].items():
@@ -345,8 +346,17 @@ class FactorTuning(pl.Callback):
 
 def _check(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Refuse what would fail only after the training."""
+    _refuse_two(trainer)
     _require_factored(pl_module, "RankPreservingLoRA")
     refuse_sharded(trainer, "RankPreservingLoRA", at_end=True)
+
+
+def _refuse_two(trainer: pl.Trainer) -> None:
+    if find_callback(trainer, RankPreservingLoRA) and find_callback(trainer, FactorTuning):
+        raise ModelError(
+            "RankPreservingLoRA trains adapters beside frozen factors, and FactorTuning the factors themselves; list "
+            "one of them"
+        )
 
 
 def _require_factored(pl_module: pl.LightningModule, callback: str) -> None:

@@ -284,8 +284,8 @@ def _resolve_ranks(
         rank, least = max(too_large, key=lambda pair: pair[1])
         remedy = f"choose {least - 1} or less, or train" if least > 1 else "train"
         raise LowRankError(
-            f"adapter rank {rank} is below the rank of no factor, of which the largest is {least}; {remedy} the whole "
-            "factors with FactorTuning"
+            f"adapter rank {rank} is not below the rank of any factor, of which the largest is {least}; {remedy} the "
+            "whole factors with FactorTuning"
         )
     return ranks, clamped
 

@@ -401,6 +401,11 @@ def _check_model(model: nn.Module) -> None:
     """Refuse what is no dense model."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a loaded language model")
+    if type(model).forward is nn.Module.forward:
+        raise ModelError(
+            f"{type(model).__name__} has no forward to run the calibration text through; give it one, or, in a "
+            "LightningModule round a transformers model, name that self.model"
+        )
     name = next((name for name, module in model.named_modules() if isinstance(module, FactoredLayer)), None)
     if name is not None:
         raise ModelError(

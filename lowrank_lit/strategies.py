@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
@@ -117,6 +118,13 @@ class LowRankDeepSpeed(DeepSpeedStrategy):
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Hand the model to DeepSpeed, with weights of the types that the module has given them."""
+        plugin: Any = self.precision_plugin
+        if plugin.precision == "32-true":  # Lightning's would make float32 of 16-bit weights, and of the adapters' base
+            plugin.convert_module = lambda module: module
+        super().setup(trainer)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:

@@ -114,12 +114,24 @@ def unmerge(model: nn.Module, folder: Path | str) -> int:
     for name, entry in entries.items():
         weight = getattr(modules.get(name), "weight", None)
         if not isinstance(weight, Tensor):
-            raise ModelError(f"the model has no factor '{name}' of the record in '{folder}'; give the merged model")
+            raise ModelError(
+                f"the {type(model).__name__} has no factor '{name}' of the record in '{folder}'; give the merged model "
+                "itself, such as module.model"
+            )
         found = {"dtype": str(weight.dtype).removeprefix("torch."), "shape": list(weight.shape)}
-        if found != {key: entry[key] for key in found} or _hash(weight.detach().cpu()) != entry["merged"]:
+        if found != {key: entry[key] for key in found}:
             raise ModelError(
                 f"factor '{name}' ({found['dtype']} {found['shape']}) is not the one that was merged ({entry['dtype']} "
                 f"{entry['shape']}) by the record in '{folder}'; give the merged model as it was, in its dtype"
+            )
+        digest = _hash(weight.detach().cpu())
+        if digest == entry["unmerged"] != entry["merged"]:
+            raise ModelError(f"factor '{name}' is what it was before the merge: the record in '{folder}' is taken back")
+        if digest != entry["merged"]:
+            raise ModelError(
+                f"factor '{name}' has other values than the one that was merged by the record in '{folder}': it was "
+                "trained further, or rounded by an export in 16 bits; give the model of the fit, or of an export with "
+                "ExportOnFitEnd.dtype=float32"
             )
         weights[name] = weight
     values = {name: _unmerged(name, weights[name].detach().cpu(), entry, tensors) for name, entry in entries.items()}

@@ -21,7 +21,7 @@ import lowrank_lit.hub as hub
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.export import ExportOnFitEnd
 from lowrank_lit.callbacks.reallocation import RankReallocation, _counted
-from lowrank_lit.callbacks.recovery import RankPreservingLoRA
+from lowrank_lit.callbacks.recovery import FactorTuning, RankPreservingLoRA
 from lowrank_lit.callbacks.refinement import Refinement
 from lowrank_lit.callbacks.report import RankReport
 from lowrank_lit.errors import BudgetError, DataError, LowRankError, ModelError, PlanError
@@ -346,6 +346,24 @@ def test_bad_settings_are_refused_before_the_fit(settings: dict[str, Any], named
     with pytest.raises(LowRankError, match=named):
         trainer(tmp_path, reallocation(**settings)).fit(module)
     assert module.shapes == [], "a step was made"
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"end": STEPS + 1}, f"end={STEPS + 1} lies outside of the run"),
+        ({"keep_ratio": 0.8}, r"keep_ratio=0\.8 of RankReallocation is no less than the 0\.6000"),
+    ],
+)
+def test_what_cannot_be_met_is_refused_before_the_compression(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    compression = LowRankCompression(0.6, preset="unirank", min_rank=2, batches=CALIBRATION)
+    module = Training()
+    with pytest.raises(LowRankError, match=named):
+        trainer(tmp_path, compression, reallocation(**settings), FactorTuning()).fit(module)
+    assert compression.result is None
+    assert not (tmp_path / "compressed").exists()
 
 
 def test_bad_settings_are_refused_at_once() -> None:
