@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || "$(PYTHON)" -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt setuptools
 	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt deepspeed # no wheel of it exists, and its build wants more than is here yet
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $(STAMP)
 

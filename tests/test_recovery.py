@@ -561,7 +561,7 @@ def test_a_refused_method_leaves_factors_that_it_had_rewritten_as_they_were() ->
 
 def test_a_rank_below_no_factor_is_refused_where_it_was_asked_for() -> None:
     model = nn.Sequential(FactoredLinear(16, 24, 6), FactoredLinear(16, 24, 4))
-    with pytest.raises(LowRankError, match="adapter rank 6 is not below .* any factor, of which the largest is 6"):
+    with pytest.raises(LowRankError, match=r"adapter rank 6 is not below .* any factor, of which the largest is 6"):
         add_adapters(model, rank=6)
     with pytest.raises(LowRankError, match="choose 5 or less"):
         add_adapters(model, config=peft.LoraConfig())

@@ -69,7 +69,7 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     with torch.no_grad():
         other[2].outer.weight[0, 0] += 1e-6
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ModelError, match=r"factor '2\.outer' has other values than the one .* trained further, or rounded"):
+    with pytest.raises(ModelError, match=r"factor '2\.outer' has other values than .* trained further, or rounded"):
         unmerge(other, tmp_path)
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
     with pytest.raises(ModelError, match=r"bfloat16 .* in its dtype"):
@@ -77,7 +77,7 @@ def test_another_model_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no factor '0\.inner'"):
         unmerge(nn.Sequential(nn.Linear(64, 96)), tmp_path)
     unmerge(model, tmp_path)
-    with pytest.raises(ModelError, match="is what it was before the merge: .* is taken back"):
+    with pytest.raises(ModelError, match=r"is what it was before the merge: .* is taken back"):
         unmerge(model, tmp_path)
 
 
