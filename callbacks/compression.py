@@ -149,10 +149,8 @@ class LowRankCompression(pl.Callback):
         pl_module.configure_model()  # Lightning calls it after this hook; it does nothing the second time
         model = model_of(pl_module)
         if self._model is not model:
-            with (
-                isolate_rng(),
-                distributed.cooperating(),
-            ):  # what follows is the same whether the compression is computed or taken from disk
+            # What follows the seed is the same whether the compression is computed or taken from disk.
+            with isolate_rng(), distributed.cooperating():
                 self._compress_at(trainer, pl_module, model)
         assert self.result is not None
         # Lightning loads the weights of a checkpoint before it asks the callbacks, and torch only speaks of shapes.
