@@ -60,10 +60,10 @@ class ExportOnFitEnd(pl.Callback):
         refuse_sharded(trainer, "ExportOnFitEnd", at_end=True)
         module = trainer.lightning_module
         if not hasattr(model_of(module), "save_pretrained"):
-            what = "is no transformers model" if hasattr(module, "model") else "is missing: name your model so"
+            missing = "" if hasattr(module, "model") else " (there is no such attribute: name your model so)"
             raise ModelError(
-                f"{type(module).__name__}.model {what}, so there is no format to export it in; "
-                "leave ExportOnFitEnd out and save the module's state_dict"
+                f"{type(module).__name__}.model is no transformers model{missing}, so there is no format to export "
+                "it in; leave ExportOnFitEnd out and save the module's state_dict"
             )
         refuse_foreign(self.folder(trainer), fingerprint)
 

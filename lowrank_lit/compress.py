@@ -28,8 +28,11 @@ from lowrank_lit.streaming import Batch, paged
 from lowrank_lit.study import Draft, Study
 from lowrank_lit.surgery import count_parameters, stored_bytes, target_parameters
 
-_NO_PART = frozenset({"transformers_version", "architectures", "dtype", "torch_dtype", "use_cache"})
-"""What a configuration says of files, or of how a model is run, and not of what it computes."""
+_NO_PART = frozenset(
+    ("transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "quantization_config")
+)
+"""What a configuration says of files, or of how a model is run, and not of what it computes; a plan is in the weights'
+shapes already."""
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_recipes_are_found() -> None:
     names = {path.stem for path in RECIPES}
-    large = {"llama7b_40pct", "llama7b_40pct_lora", "qwen3_8b_20pct"}
+    large = {"llama7b_40pct", "llama7b_40pct_deepspeed", "llama7b_40pct_lora", "qwen3_8b_20pct"}
     assert names == large | {"pretrain_tiny", "progressive", "quickstart", "refine_only"}
 
 
