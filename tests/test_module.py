@@ -523,7 +523,7 @@ def test_checkpoints_that_cannot_be_read(trainer_settings: dict[str, Any], folde
             bad.write_bytes(content)
         module = LowRankModule(str(folder))
         with pytest.raises(
-            ExportError, match=r"bad\.ckpt' cannot be read .*; give a file of ModelCheckpoint"
+            ExportError, match=r"bad\.ckpt' cannot be read .*; give a file, or a whole folder, of ModelCheckpoint"
         ) as caught:
             load_checkpoint(module, bad)
         assert "\n" not in str(caught.value), kind
