@@ -230,10 +230,10 @@ def _run_blocks_back(
         for call, batch in zip(calls, batches, strict=True):
             states = call.states.detach().to(place).requires_grad_()
             call.hidden = None
+            if not bool(torch.isfinite(states).all()):  # the loss would speak of the logits alone
+                _blame(blocks, fed, states)
             with frozen(model), ending_in(blocks, call, states):
                 value = loss(model, to_device(dict(batch), place))
-            if not bool(torch.isfinite(value).all()):
-                _blame(blocks, fed, states)
             collector.gradients.check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             assert states.grad is not None
