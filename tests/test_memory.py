@@ -81,13 +81,13 @@ def test_each_stage_has_its_own_peak(watch: Watch) -> None:
 @LINUX
 def test_the_inner_of_two_stages_counts(watch: Watch) -> None:
     with stage("outer"):
-        kept = take(32 * MIB)
+        kept = take(48 * MIB)  # beyond 32 MiB the C library never serves memory that it has kept
         with suppress(RuntimeError), stage("inner"):
             take(128 * MIB)
             raise RuntimeError
         time.sleep(0.03)
     assert watch.used["outer", "host"] == pytest.approx(kept.nbytes, rel=0.1)
-    assert watch.used["inner", "host"] == pytest.approx(160 * MIB, rel=0.05)
+    assert watch.used["inner", "host"] == pytest.approx(176 * MIB, rel=0.05)
 
 
 def test_a_watch_ends() -> None:
