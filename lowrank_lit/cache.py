@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from lowrank_lit import distributed
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import LowRankError
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.kept import CALIBRATION_FILE, is_intact, read_tensors, write_tensors
 from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
@@ -71,19 +73,27 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
         The result, or ``None``, with the model untouched, where the folder holds no complete compression of that
         fingerprint, or one that is not what was written.
     """
-    with distributed.together("reading the kept compression"):
-        found = _checked(folder, model, identity)
-    everywhere = distributed.gather("reading the kept compression", found is not None)
-    if found is None or not all(everywhere):
-        if any(everywhere) and distributed.rank() == 0:
-            missing = ", ".join(str(number) for number, there in enumerate(everywhere) if not there)
-            warnings.warn(
-                f"processes {missing} do not find the kept compression in '{folder}'; calibrating again (a folder that "
-                "all machines share spares that)",
-                stacklevel=2,
-            )
-        return None
-    plan, tensors, record = found
+    with ExpertsApart(model) as apart:
+        with distributed.together("reading the kept compression"):
+            found = _checked(folder, model, identity)
+        everywhere = distributed.gather("reading the kept compression", found is not None)
+        if found is None or not all(everywhere):
+            if any(everywhere) and distributed.rank() == 0:
+                missing = ", ".join(str(number) for number, there in enumerate(everywhere) if not there)
+                warnings.warn(
+                    f"processes {missing} do not find the kept compression in '{folder}'; calibrating again (a folder "
+                    "that all machines share spares that)",
+                    stacklevel=2,
+                )
+            return None
+        plan, tensors, record = found
+        _factor(model, plan, tensors)
+        apart.keep([matrix.name for matrix in plan.matrices])
+    return CompressionResult(plan, record)
+
+
+def _factor(model: nn.Module, plan: RankPlan, tensors: Mapping[str, Tensor]) -> None:
+    """Give the dense model the plan's layers, with these tensors."""
     frozen = {
         matrix.name for matrix in plan.matrices if not next(model.get_submodule(matrix.name).parameters()).requires_grad
     }
@@ -93,7 +103,6 @@ def load_compression(folder: Path, model: nn.Module, identity: str) -> Compressi
             layer.requires_grad_(name not in frozen)
             for key, value in layer.state_dict().items():
                 value.copy_(tensors[f"{name}.{key}"])
-    return CompressionResult(plan, record)
 
 
 def _checked(

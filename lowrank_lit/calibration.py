@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from lowrank_lit import distributed
 from lowrank_lit.collector import Calibration, Collector
+from lowrank_lit.experts import sides_of
 from lowrank_lit.gradients import (
     Loss,
     SampledTokenLoss,
@@ -105,7 +106,8 @@ def calibrate(
     check_moments(moments)
     if not moments and not importance:
         return Calibration()
-    collector = Collector(layers, weight_of, moments, watch=importance, workspace=workspace)
+    sides = sides_of(model, layers)
+    collector = Collector(layers, weight_of, moments, watch=importance, sides=sides, workspace=workspace)
     blocks = find_repeating_blocks(model)
     for batch in batches:
         collector.count(batch)

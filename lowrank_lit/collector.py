@@ -13,18 +13,21 @@ from torch import Tensor, nn
 from lowrank_lit import distributed
 from lowrank_lit.batches import count_tokens
 from lowrank_lit.errors import DataError
+from lowrank_lit.experts import Side, routed_mask
 from lowrank_lit.gradients import (
     GradientCollector,
     WeightOf,
 )
 from lowrank_lit.paging import Workspace
-from lowrank_lit.residual import BlockCosine, ResidualWatcher, resolve_importance
+from lowrank_lit.pooling import pool_experts
+from lowrank_lit.residual import BlockCosine, ImportanceResult, ResidualWatcher, resolve_importance
 from lowrank_lit.statistics import (
     BACKWARD_MOMENTS,
     FORWARD_MOMENTS,
     GradientSums,
     InputSums,
     LayerStatistics,
+    MomentSum,
     full_float32,
     real_tokens,
     stored_statistics,
@@ -55,7 +58,16 @@ class Calibration:
 
 
 class Collector:
-    """Owns the hooks and sums of one calibration."""
+    """Owns the hooks and sums of one calibration.
+
+    Args:
+        layers: To collect from, by name.
+        weight_of: See :func:`lowrank_lit.calibration.calibrate`.
+        moments: What to collect.
+        watch: Whether to measure the importance of the layers' sub-blocks.
+        sides: Of the layers that are experts', see :func:`lowrank_lit.experts.sides_of`.
+        workspace: Where statistics wait; ``None`` is in memory.
+    """
 
     def __init__(
         self,
@@ -64,10 +76,12 @@ class Collector:
         moments: frozenset[str],
         *,
         watch: bool,
+        sides: Mapping[str, tuple[str, Side]],
         workspace: Workspace | None = None,
     ) -> None:
         self.layers = layers
         self.workspace = workspace
+        self.sides = sides
         self.wanted = moments
         self.weight_of = weight_of
         self.moments = moments & FORWARD_MOMENTS
@@ -80,6 +94,7 @@ class Collector:
         self.tokens = 0
         self._in_forward = False
         self._sums: dict[str, InputSums] = {}
+        self._pools: dict[str, MomentSum] = {}  # of the inputs of all experts of a block, by the experts' name
         self._results: dict[str, LayerStatistics] = {}
         # Layers fed the same tensor share one sum; the first of them that is called owns it.
         self._owner: dict[str, str] = {}
@@ -137,10 +152,13 @@ class Collector:
             return
         if name not in self._sums:
             self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
-        sums = self._sums[name]
-        sums.add(real_tokens(x, self.mask), lambda: self.weight_of(layer).detach())
+        sums, tokens = self._sums[name], real_tokens(x, routed_mask(self.mask))
+        sums.add(tokens, lambda: self.weight_of(layer).detach())
         if sums.outputs is None:  # a moment of the outputs is the layer's own
             self._last = (x, name)
+        elif name in self.sides and self.sides[name][1] == "up":
+            pool = self._pools.setdefault(self.sides[name][0], MomentSum(x.shape[-1], x.device))
+            pool.add(tokens)
 
     def _merge(self, layers: Mapping[str, nn.Module]) -> None:
         """Add up the sums of ``layers`` over all processes. One whose share does not reach a layer, such as an expert,
@@ -151,10 +169,14 @@ class Collector:
         owners = {name: owner for name, owner in self._owner.items() if name in layers}
         columns = {name: sums.columns for name, sums in self._sums.items()}
         shapes = {name: sums.shape for name, sums in gradients.items()}
-        seen = distributed.gather("the sums of calibration", (owners, columns, shapes))
+        pools = {name: (len(pool.sum), str(pool.sum.device)) for name, pool in self._pools.items()}
+        found = distributed.gather("the sums of calibration", (owners, columns, shapes, pools))
+        seen = [part[:3] for part in found]
         for owners, _, _ in seen:
             for name, owner in owners.items():
                 _check_owner(name, owner, self._owner.setdefault(name, owner))
+        for name, (size, place) in {name: made for part in found for name, made in part[3].items()}.items():
+            self._pools.setdefault(name, MomentSum(size, place)).reduce(distributed.add_up)
         # In the same order everywhere: for the sums, and for the layer that an error names.
         for name, size in {name: size for _, found, _ in seen for name, size in found.items()}.items():
             inputs = self._sums.pop(name, None) or _no_inputs(self, layers[name], size)
@@ -178,10 +200,8 @@ class Collector:
                 statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
             else:
                 statistics = LayerStatistics(0 if sums is None else sums.tokens)
-            if statistics.tokens == 0:
-                raise DataError(
-                    f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it"
-                )
+            if statistics.tokens == 0 and name not in self.sides:
+                raise _unreached(name)
             statistics.check(name)
             self._results[name] = statistics
         # After all inputs: a NaN in one layer's outputs is one in every layer's gradients.
@@ -189,8 +209,47 @@ class Collector:
             if sums is not None:
                 self._results[name] = replace(self._results[name], **sums.means())
                 self._results[name].check(name)
+        self._pool(layers)
         if self.workspace is not None:
             self._results |= stored_statistics({name: self._results[name] for name in layers}, self.workspace.keep)
+
+    def _pool(self, layers: Mapping[str, nn.Module]) -> None:
+        """Shrink the statistics of experts to those of all experts of their block."""
+        groups: dict[tuple[str, Side], list[str]] = {}
+        for name in layers:
+            if name in self.sides and name in self._results:
+                groups.setdefault(self.sides[name], []).append(name)
+        for (experts, side), names in groups.items():
+            own = {name: self._results[name] for name in names}
+            if not any(entry.tokens for entry in own.values()):
+                raise _unreached(names[0])
+            pool = self._pools.get(experts) if side == "up" else None
+
+            def weight(name: str) -> Tensor:
+                return self.weight_of(layers[name]).detach()
+
+            self._results |= pool_experts(
+                own,
+                side,
+                {name: (weight(name).shape[0], weight(name).shape[1]) for name in names},
+                weight,
+                inputs=None if pool is None else pool.mean().cpu().double(),
+                tokens=self.tokens,
+            )
+            if side == "up":
+                self._pools.pop(experts, None)
+
+    def _importance(self, measured: ImportanceResult) -> ImportanceResult:
+        """The same for all experts of a block: the mean over those that were seen."""
+        groups: dict[str, list[str]] = {}
+        for name, (experts, _) in self.sides.items():
+            groups.setdefault(experts, []).append(name)
+        values = dict(measured.values)
+        for names in groups.values():
+            known = [values[name] for name in names if name in values]
+            values |= dict.fromkeys(names if known else (), sum(known) / max(1, len(known)))
+        missing = tuple(name for name in measured.missing if name not in values)
+        return replace(measured, values=values, missing=missing)
 
     def finish(self, mode: str) -> Calibration:
         if self.gradients is not None:
@@ -201,8 +260,20 @@ class Collector:
         if self.watcher is not None:
             watcher, cosines = _merged(self.watcher, self.cosines)
             fallback = {} if cosines is None else cosines.importance()
-            importance, notes = resolve_importance(list(self.layers), watcher.importance(), fallback)
+            measured = self._importance(watcher.importance())
+            importance, notes = resolve_importance(list(self.layers), measured, fallback)
+        experts = [name for name in results if name in self.sides]
+        few = [name for name in experts if results[name].tokens < self.weight_of(self.layers[name]).shape[1]]
+        if few:
+            notes += (
+                f"{len(few)} of {len(experts)} matrices of experts saw fewer tokens than they have inputs "
+                f"('{few[0]}': {results[few[0]].tokens}); their statistics are mostly those of all experts",
+            )
         return Calibration(results, importance, self.tokens, mode, notes)
+
+
+def _unreached(name: str) -> DataError:
+    return DataError(f"no calibration token reached layer '{name}'; leave it out of targets, or give text that uses it")
 
 
 def _check_owner(name: str, owner: str, other: str) -> None:

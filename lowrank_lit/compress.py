@@ -20,6 +20,7 @@ from lowrank_lit import distributed
 from lowrank_lit._version import __version__
 from lowrank_lit.batches import as_batches, count_sequences, count_tokens, split_single
 from lowrank_lit.errors import LowRankError
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.residual import find_repeating_blocks
@@ -69,11 +70,13 @@ def compress(
 
     Each target weight ``W`` becomes two factors (or pivot rows and coefficients) of the rank that the allocator gave
     it, the best approximation of that rank in the metric; a matrix whose factors would store no less than the matrix
-    itself stays dense. Nothing is replaced before everything has been computed, so an error leaves the model as it was.
+    itself stays dense. Experts of a mixture that transformers keeps as fused parameters are targets one by one, and
+    layers of their own afterwards (:class:`lowrank_lit.experts.SeparateExperts`). Nothing is replaced before everything
+    has been computed, so an error leaves the model as it was.
     The processes of a job share the work in :func:`lowrank_lit.distributed.cooperating`.
 
     Args:
-        model: Any module made of ``nn.Linear`` (or transformers' ``Conv1D``) layers.
+        model: Any module made of ``nn.Linear`` (or transformers' ``Conv1D``) layers, or of transformers' fused experts.
         batches: Calibration batches: dictionaries of keyword arguments (``input_ids``, ``attention_mask``), or tensors
             for the first positional argument: token ids ``(batch, length)`` or features ``(batch, ..., columns)``.
             A single batch is split by its sequences, because ``feedback="anchored"`` holds a part of the text out.
@@ -107,13 +110,16 @@ def compress(
         space = None if workspace is None else stack.enter_context(closing(Workspace(workspace)))
         if space is not None:
             stack.enter_context(paged(find_repeating_blocks(model)))
+        apart = stack.enter_context(ExpertsApart(model))
         study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
-        identity = fingerprint(model, study.batches, chosen)
+        with apart.undone():
+            identity = fingerprint(model, study.batches, chosen)
         study.collection.resume = None if resume is None else (Path(resume), identity)
         before = (count_parameters(model), stored_bytes(model))
         draft = study.draft(chosen)
         draft.plan = replace(draft.plan, fingerprint=identity)
         study.apply(draft)
+        apart.keep(list(study.targets), mapped=space is not None)
     if hasattr(model, "save_pretrained") and any(entry.form != "dense" for entry in draft.plan.matrices):
         from lowrank_lit.hub import attach  # transformers is there, for the model is one of its own
 
@@ -146,8 +152,10 @@ def plan_ranks(
 ) -> RankPlan:
     """The plan that :func:`compress` would follow, with the model left as it is; arguments and errors as there."""
     chosen = settings_of(keep_ratio, settings)
-    study = Study(model, batches, targets=chosen.targets, device=device)
-    return replace(study.draft(chosen).plan, fingerprint=fingerprint(model, study.batches, chosen))
+    with ExpertsApart(model):
+        study = Study(model, batches, targets=chosen.targets, device=device)
+        plan = study.draft(chosen).plan
+    return replace(plan, fingerprint=fingerprint(model, study.batches, chosen))
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lowrank_lit.allocation import MatrixProfile, MatrixSpec
 from lowrank_lit.collector import Calibration
+from lowrank_lit.experts import sides_of
 from lowrank_lit.linalg import to_double
 from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings
@@ -48,13 +49,19 @@ def specs_of(targets: Mapping[str, Target], settings: Settings) -> list[MatrixSp
 def places_of(model: nn.Module, names: Sequence[str]) -> dict[str, tuple[str, int | None]]:
     """Projection type and block number of every layer: the name inside its repeating block, and which block that is.
 
-    A layer outside of the repeating blocks has its whole name for a type and no block.
+    A layer outside of the repeating blocks has its whole name for a type and no block. The experts of a block are of
+    one type.
     """
     blocks = [name for name, _ in find_repeating_blocks(model)]
+    experts = sides_of(model, {name: model.get_submodule(name) for name in names})
     places: dict[str, tuple[str, int | None]] = {}
     for name in names:
         found = next((index for index, block in enumerate(blocks) if name.startswith(f"{block}.")), None)
-        places[name] = (name if found is None else name[len(blocks[found]) + 1 :], found)
+        kind = name if found is None else name[len(blocks[found]) + 1 :]
+        if name in experts:  # the number between the experts' name and the layer's
+            stem, _, layer = kind.rpartition(".")
+            kind = f"{stem.rpartition('.')[0]}.{layer}"
+        places[name] = (kind, found)
     return places
 
 
@@ -134,7 +141,8 @@ def profiles_of(
     Args:
         specs: The matrices.
         spectra: In ``metric``.
-        calibration: Statistics and importance.
+        calibration: Statistics and importance. An expert's matrices have the importance of their module times the
+            expert's frequency: what is lost of them is lost for its tokens alone.
         places: See :func:`places_of`.
         metric: Of the spectra.
         power: Exponent of the modules' importance, by which predicted losses are multiplied. Statistics of the dense
@@ -150,12 +158,14 @@ def profiles_of(
     most = max((entry.tokens for entry in statistics.values()), default=0)
     for spec in specs:
         name = spec.name
-        importance = calibration.importance.get(name, 1.0)
-        curve = _array(loss_curve(spectra[name], statistics.get(name), metric, importance))
+        module = calibration.importance.get(name, 1.0)
         # Moments are means over the tokens that reach a layer; a loss per token of the text counts the others as well.
-        share = statistics[name].tokens / most if most else 1.0
+        frequency = statistics[name].frequency if name in statistics else None
+        share = frequency or (statistics[name].tokens / most if most else 1.0)
+        importance = module if frequency is None else module * frequency
+        curve = _array(loss_curve(spectra[name], statistics.get(name), metric, importance))
         if nats:
-            curve = curve * importance**power * (1.0 if metric in _PER_SEQUENCE else share)
+            curve = curve * module**power * (1.0 if metric in _PER_SEQUENCE else share)
         profiles.append(
             MatrixProfile(
                 spec,

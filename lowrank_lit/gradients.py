@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_lit.errors import DataError, GradientError, NonFiniteError
+from lowrank_lit.experts import routed_mask
 from lowrank_lit.statistics import GradientSums, energy_of, full_float32, real_tokens, widen
 from lowrank_lit.streaming import POSITIONAL, Batch, logits_of, real_positions
 
@@ -304,11 +305,12 @@ class GradientCollector:
         sums, tokens = self.sums[name], y.shape[:-1].numel()
         sums.outputs += tokens
         sums.output_energy += energy_of(y)
-        fits = self._mask is not None and self._mask.numel() == tokens
-        sums.tokens += int(self._mask.sum()) if self._mask is not None and fits else tokens
+        mask = routed_mask(self._mask)
+        fits = mask is not None and mask.numel() == tokens
+        sums.tokens += int(mask.sum()) if mask is not None and fits else tokens
 
     def _on_pulled(self, name: str) -> Callable[[Tensor], None]:
-        mask = self._mask
+        mask = routed_mask(self._mask)
 
         def hook(gradient: Tensor) -> None:
             with torch.no_grad(), full_float32():
@@ -317,7 +319,7 @@ class GradientCollector:
         return hook
 
     def _on_gradient(self, name: str, layer: nn.Module, x: Tensor) -> Callable[[Tensor], None]:
-        sums, mask, shape = self.sums[name], self._mask, self._shape
+        sums, mask, shape = self.sums[name], routed_mask(self._mask), self._shape
         waiting = [x.detach()] if sums.needs_inputs else []
         version, tokens_shape = waiting[0]._version if waiting else 0, x.shape[:-1]
         pull = sums.pulled is not None and name not in self._pulled_by_autograd

@@ -6,7 +6,7 @@ makes it factored is the rank plan, which stands in ``config.json`` as a ``quant
 weights are read. A loaded model carries no mark of a quantised one: it trains, casts, takes adapters and is saved again
 like any other.
 
-An export also holds one empty tensor under the name of a weight that was factored. transformers without this package
+An export also holds one empty tensor under the name of a weight that was factored (of one that is no expert's). transformers without this package
 skips a plan that it does not know, builds the dense model and would leave its weights to chance; that tensor makes it
 an error. ``save_pretrained`` of a model in memory writes no such tensor: it takes the state dict as it is, where a
 tensor that is none of the model's would fail every strict ``load_state_dict``, or asks a quantizer on the model, in
@@ -64,6 +64,7 @@ from lowrank_lit.weights import (
     expect_guard,
     fit_names,
     read_truncated,
+    renaming_of,
     weights_to_save,
 )
 
@@ -351,9 +352,12 @@ def _load_truncated(folder: Path, files: list[Path], plan: RankPlan, auto_class:
     now = {key: value for key, value in kwargs.items() if key not in later and key != "output_loading_info"}
     config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **now)
     model_class = _class_for(auto_class, config)
+    skeleton = _empty(model_class, config)
+    apply_plan(skeleton, fit_names(plan, skeleton)[0])
+    weights = read_truncated(files, plan, renaming_of(skeleton, skeleton.state_dict()))
     config.quantization_config = LowRankConfig(plan)
     model, loaded = model_class.from_pretrained(
-        None, config=config, state_dict=read_truncated(files, plan), output_loading_info=True, **rest, **later
+        None, config=config, state_dict=weights, output_loading_info=True, **rest, **later
     )
     if loaded["missing_keys"] and type(model).__name__ in (config.architectures or []):
         raise ExportError(f"tensor '{min(loaded['missing_keys'])}' is missing in '{folder}'; export the model again")
@@ -367,10 +371,15 @@ def _class_for(auto_class: Any, config: Any) -> Any:
     """The class that an auto class loads a config with; a model class is itself."""
     if isinstance(auto_class, type) and issubclass(auto_class, PreTrainedModel):
         return auto_class
+    return type(_empty(auto_class.from_config, config))
+
+
+def _empty(build: Any, config: Any) -> Any:
+    """The dense model of a config, on the meta device."""
     plain = copy.deepcopy(config)
     del plain.quantization_config
     with torch.device("meta"):
-        return type(auto_class.from_config(plain))
+        return build(plain)
 
 
 def _require_transformers(model: nn.Module) -> PreTrainedModel:

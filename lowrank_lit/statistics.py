@@ -316,6 +316,8 @@ class LayerStatistics:
             ``(rows,)``.
         fisher_columns: The same summed over rows, ``(columns,)``.
         weight_gradient: ``E[g x^T]`` ``(rows, columns)``: the gradient of the loss in nats per token.
+        frequency: Of an expert: the share of the text's tokens that are routed to it, smoothed
+            (:mod:`lowrank_lit.pooling`).
     """
 
     tokens: int
@@ -330,6 +332,7 @@ class LayerStatistics:
     fisher_rows: Tensor | None = None
     fisher_columns: Tensor | None = None
     weight_gradient: Tensor | None = None
+    frequency: float | None = None
 
     def check(self, name: str) -> None:
         """Check that the moments are finite.

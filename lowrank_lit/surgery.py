@@ -17,21 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import ModelError, NonFiniteError
+from lowrank_lit.experts import HOOKS, ExpertsApart, routers_of
 from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
 from lowrank_lit.plan import RankPlan
 
 _HEADS = frozenset({"score", "classifier"})
 _PACKED = frozenset({"Linear4bit", "Linear8bitLt"})  # of bitsandbytes
-# What a module keeps of its hooks, by the names that ``nn.Module`` gives them.
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,8 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     """Find the layers to factor, by their first name, in the order of the model's modules.
 
     A layer object that several parents share is one target. A weight that another module holds as well (a tied
-    embedding) is none: factoring one holder would untie them.
+    embedding) is none: factoring one holder would untie them. Nor is the router of a mixture of experts; the experts
+    are, where they are layers of their own (:mod:`lowrank_lit.experts`).
 
     Args:
         model: Any module.
@@ -75,7 +67,10 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
         patterns = [patterns]
     names = _names_by_module(model)
     linear = [Target(own[0], module, own[1:]) for module, own in names.values() if _is_linear(module)]
-    linear = [target for target in linear if not _inside_factored(model, target.name)]
+    routers = routers_of(model)
+    linear = [
+        target for target in linear if id(target.module) not in routers and not _inside_factored(model, target.name)
+    ]
     holders = _weight_holders(model)
     if patterns is None:
         output = _output_embedding(model)
@@ -134,7 +129,7 @@ def replace_module(model: nn.Module, target: Target, new: nn.Module) -> None:
             raise ModelError(f"'{name}' is no longer the layer that was found; find the targets again before replacing")
     new.train(target.module.training)
     new._is_full_backward_hook = target.module._is_full_backward_hook
-    for attribute in _HOOKS:
+    for attribute in HOOKS:
         # The handles of the user's hooks point at these dictionaries, so the dictionaries themselves move.
         hooks = getattr(target.module, attribute)
         hooks.update(getattr(new, attribute))
@@ -148,27 +143,31 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     """Give the model the plan's layout, to load factored weights into it.
 
     Every matrix that the plan factors becomes a ``FactoredLinear`` or ``PivotLinear`` of its rank, on the same device
-    and in the same dtype, with NaN for weights; one that has this form already is left as it is.
+    and in the same dtype, with NaN for weights; one that has this form already is left as it is. Fused experts that it
+    names become layers of their own.
 
     Raises:
         PlanError: If the plan does not fit the model; the model is then unchanged.
     """
-    plan.check(model)
-    names = _names_by_module(model)
-    for matrix in plan.matrices:
-        module = model.get_submodule(matrix.name)
-        if matrix.form == "dense" or isinstance(module, FactoredLayer):
-            continue
-        weight, (_, own) = cast(Tensor, module.weight), names[id(module)]
-        new = LAYER_OF_FORM[matrix.form].empty(
-            matrix.columns,
-            matrix.rows,
-            matrix.rank,
-            bias=bias_of(module) is not None,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
-        replace_module(model, Target(own[0], module, own[1:]), new)
+    every = [matrix.name for matrix in plan.matrices]
+    with ExpertsApart(model, every) as apart:
+        plan.check(model)
+        names = _names_by_module(model)
+        for matrix in plan.matrices:
+            module = model.get_submodule(matrix.name)
+            if matrix.form == "dense" or isinstance(module, FactoredLayer):
+                continue
+            weight, (_, own) = cast(Tensor, module.weight), names[id(module)]
+            new = LAYER_OF_FORM[matrix.form].empty(
+                matrix.columns,
+                matrix.rows,
+                matrix.rank,
+                bias=bias_of(module) is not None,
+                device=weight.device,
+                dtype=weight.dtype,
+            )
+            replace_module(model, Target(own[0], module, own[1:]), new)
+        apart.keep(every)
 
 
 def check_applied(model: nn.Module, plan: RankPlan) -> None:

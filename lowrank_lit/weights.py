@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
+from lowrank_lit.experts import SeparateExperts
 from lowrank_lit.folders import read_shapes
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import apply_plan
@@ -98,22 +99,39 @@ def _names_in_model(
     model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]], expected: dict[str, Any]
 ) -> tuple[dict[str, tuple[int, ...]], bool]:
     """Shapes by the name that each tensor is loaded under, and whether transformers merges or splits some of them."""
+    rename = renaming_of(model, expected)
+    found: dict[str, tuple[int, ...]] = {}
+    converted = False
+    for original, shape in shapes.items():
+        name, merged = rename(original)
+        converted |= merged
+        if not merged:
+            found[name] = shape
+    return found, converted
+
+
+def renaming_of(model: PreTrainedModel, expected: dict[str, Any]) -> Callable[[str], tuple[str, bool]]:
+    """What transformers does with the name of a tensor in a file: the name in the model, and whether the tensor is
+    merged with others, or split.
+
+    Args:
+        model: May be on the meta device.
+        expected: Its state dict, or one with the same names.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-    found: dict[str, tuple[int, ...]] = {}
-    converted = False
-    for original, shape in shapes.items():
+
+    def rename(original: str) -> tuple[str, bool]:
         name, source = rename_source_key(original, renamings, converters, model.base_model_prefix, expected)
         if name not in expected and original in expected:  # transformers then takes the name as it is
             name, source = original, None
-        converted |= source is not None
-        if source is None:
-            found[name] = shape
-    return found, converted
+        return name, source is not None
+
+    return rename
 
 
 def check_initialised(model: PreTrainedModel, plan: RankPlan) -> None:
@@ -127,8 +145,8 @@ def check_initialised(model: PreTrainedModel, plan: RankPlan) -> None:
 def weights_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state dict in the layout that loading will build, cast and checked; tied tensors stay tied.
 
-    With the guard of a factored model: an empty tensor under the name that one weight had before it was factored.
-    transformers without this package does not know the plan, builds the dense model and would leave that weight to
+    With the guard of a factored model, unless experts alone are factored: an empty tensor under the name that one
+    weight had before it was factored. transformers without this package does not know the plan, builds the dense model and would leave that weight to
     chance with no more than a report; at a tensor of another shape it raises an error.
     """
     skeleton = _skeleton(model, plan)
@@ -157,7 +175,10 @@ def weights_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.
                 f"'{name}' has shape {tuple(weights[name].shape)} in the model and {tuple(expected[name].shape)} "
                 "by its config; make the two agree"
             )
-    guarded = next((matrix.name for matrix in plan.matrices if matrix.form != "dense"), None) if plan else None
+    # Of an expert the unfactored model has no weight under that name.
+    apart = tuple(f"{name}." for name, module in skeleton.named_modules() if isinstance(module, SeparateExperts))
+    factored = [matrix.name for matrix in plan.matrices if matrix.form != "dense"] if plan else []
+    guarded = next((name for name in factored if not name.startswith(apart)), None)
     if guarded is not None:
         weights[f"{guarded}.weight"] = torch.empty(_GUARD, dtype=weights[f"{guarded}.inner.weight"].dtype)
     return weights
@@ -172,12 +193,16 @@ def expect_guard(model: PreTrainedModel, plan: RankPlan) -> None:
         model._keys_to_ignore_on_load_unexpected = known | {rf"(^|\.)({'|'.join(names)})\.weight$"}
 
 
-def read_truncated(files: Iterable[str | os.PathLike[str]], plan: RankPlan) -> dict[str, Tensor]:
-    """The tensors of weight files, of a factored matrix the components alone that ``plan`` keeps; reads no others.
+def read_truncated(
+    files: Iterable[str | os.PathLike[str]], plan: RankPlan, rename: Callable[[str], tuple[str, bool]]
+) -> dict[str, Tensor]:
+    """The tensors of weight files by their names there, of a factored matrix the components alone that ``plan`` keeps;
+    reads no others.
 
     Args:
         files: safetensors files of an export in nested order.
         plan: A plan of ranks no larger than those in the files.
+        rename: See :func:`renaming_of`.
 
     Raises:
         ExportError: If a factor has fewer components than the plan needs, or none is there.
@@ -186,23 +211,25 @@ def read_truncated(files: Iterable[str | os.PathLike[str]], plan: RankPlan) -> d
     wanted = {f"{name}.inner.weight": (slice(rank), slice(None)) for name, rank in ranks.items()}
     wanted |= {f"{name}.outer.weight": (slice(None), slice(rank)) for name, rank in ranks.items()}
     weights: dict[str, Tensor] = {}
+    missing = set(wanted)
     for file in files:
         with safe_open(os.fspath(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118  (not a mapping)
+            for stored in opened.keys():  # noqa: SIM118  (not a mapping)
+                name, _ = rename(stored)
                 if name not in wanted:
                     if name.removesuffix(".weight") not in ranks:  # the guard
-                        weights[name] = opened.get_tensor(name)
+                        weights[stored] = opened.get_tensor(stored)
                     continue
-                weights[name] = opened.get_slice(name)[wanted[name]].contiguous()
+                missing.discard(name)
+                weights[stored] = opened.get_slice(stored)[wanted[name]].contiguous()
                 side = 0 if wanted[name][1] == slice(None) else 1
-                if weights[name].shape[side] != wanted[name][side].stop:
+                if weights[stored].shape[side] != wanted[name][side].stop:
                     raise ExportError(
-                        f"tensor '{name}' in '{file}' has {weights[name].shape[side]} components, the plan needs "
+                        f"tensor '{stored}' in '{file}' has {weights[stored].shape[side]} components, the plan needs "
                         f"{wanted[name][side].stop}; export the model again"
                     )
-    missing = [name for name in wanted if name not in weights]
     if missing:
-        raise ExportError(f"tensor '{missing[0]}' is in no weight file; export the model again")
+        raise ExportError(f"tensor '{min(missing)}' is in no weight file; export the model again")
     return weights
 
 
