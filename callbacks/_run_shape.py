@@ -29,6 +29,7 @@ from lowrank_lit.callbacks.reallocation import RankReallocation
 from lowrank_lit.callbacks.recovery import FactorTuning, RankPreservingLoRA
 from lowrank_lit.callbacks.refinement import Refinement
 from lowrank_lit.estimate import estimate, totals
+from lowrank_lit.experts import ExpertsApart, sides_of
 from lowrank_lit.module import LowRankModule
 from lowrank_lit.quantize import WHICH
 from lowrank_lit.reallocation import scheduled_ratio
@@ -46,13 +47,12 @@ def settings_of_run(trainer: pl.Trainer) -> Settings | None:
     return None if found is None else Settings(**found.settings())
 
 
-def measure_config(config: Any, targets: Any = None, *, experts: bool = False) -> ModelSize:
+def measure_config(config: Any, targets: Any = None) -> ModelSize:
     """Shapes of the language model that a configuration of transformers describes; no weight is made.
 
     Args:
         config: Of a causal language model.
         targets: Shell patterns of layer names.
-        experts: Count the matrices of experts as targets too.
 
     Raises:
         ModelError: If a pattern of ``targets`` matches nothing or there is no target.
@@ -62,21 +62,23 @@ def measure_config(config: Any, targets: Any = None, *, experts: bool = False) -
     with isolate_rng(), torch.device("meta"):
         # Experts multiply in groups, which runs without weights in bfloat16 alone; no count depends on the dtype.
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return measure(model, targets, experts=experts)
+    return measure(model, targets)
 
 
-def measure(model: nn.Module, patterns: Sequence[str] | None = None, *, experts: bool = False) -> ModelSize:
+def measure(model: nn.Module, patterns: Sequence[str] | None = None) -> ModelSize:
     """Shapes of a model, which may be on the meta device.
 
     Args:
         model: A causal language model of transformers.
         patterns: Names of the target layers, as for a compression.
-        experts: Count the matrices of experts as targets too.
 
     Raises:
         ModelError: If a pattern matches nothing or there is no target.
     """
-    targets = find_targets(model, patterns)
+    with ExpertsApart(model):
+        every = find_targets(model, patterns)
+        of_experts = sides_of(model, {name: target.module for name, target in every.items()})
+    targets = {name: target for name, target in every.items() if name not in of_experts}
     matrices = {name: (target.rows, target.columns) for name, target in targets.items()}
     found = _input_owners(model, {name: target.module for name, target in targets.items()})
     owners = {name: name for name in matrices} if found is None else found
@@ -98,7 +100,7 @@ def measure(model: nn.Module, patterns: Sequence[str] | None = None, *, experts:
         inputs=tuple(inputs.values()),
         block=max(blocks, default=count_parameters(model)),
         blocks=max(1, len(blocks)),
-        hidden=int(getattr(config, "hidden_size", 0) or max(columns for _, columns in matrices.values())),
+        hidden=int(getattr(config, "hidden_size", 0) or max(target.columns for target in every.values())),
         vocabulary=int(getattr(config, "vocab_size", 0)),
         shared=found is not None,
         experts=find_experts(model),
@@ -106,7 +108,7 @@ def measure(model: nn.Module, patterns: Sequence[str] | None = None, *, experts:
         lookup=_lookup(model),
         attention=heads * int(getattr(config, "head_dim", 0) or width),
     )
-    return with_experts(size) if experts else size
+    return with_experts(size, [(every[name].rows, every[name].columns) for name in of_experts])
 
 
 def find_experts(model: nn.Module) -> tuple[tuple[int, int, int], ...]:

@@ -23,6 +23,7 @@ from lowrank_lit.collection import require_finite_weights
 from lowrank_lit.compress import CompressionResult, fingerprint
 from lowrank_lit.distillation import counted_positions
 from lowrank_lit.errors import BudgetError, LowRankError, ModelError, PlanError
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.masks import MaskedModel, factor_fully, mask_layers, plan_of_cut, whole_plan
 from lowrank_lit.memory import stage as memory_stage
@@ -315,11 +316,18 @@ def _no_way_down(target: float, first: float) -> BudgetError:
 
 def _mask(trainer: pl.Trainer, model: nn.Module, own: RankReallocation) -> MaskedModel:
     """Factor every target at its whole rank, from disk where an earlier run has done so, and mask it."""
+    with ExpertsApart(model) as apart:
+        names = _names(trainer, model, own)
+        masked = _mask_names(trainer, model, own, names)
+        apart.keep(names)
+    return masked
+
+
+def _mask_names(trainer: pl.Trainer, model: nn.Module, own: RankReallocation, names: list[str]) -> MaskedModel:
     require_finite_weights(model)
     compression = find_callback(trainer, LowRankCompression)
     given = (own.batches, None if compression is None else compression.batches)
     batches = as_batches(calibration_text(trainer, "RankReallocation", *given))
-    names = _names(trainer, model, own)
     before = {name: model.get_submodule(name) for name in names}
     identity = own._identity = fingerprint(model, batches, Settings(1.0, preset="fast", targets=names))
     _refuse_checkpoint(trainer.ckpt_path, identity)

@@ -70,7 +70,6 @@ def dry_run_report(
     *,
     accelerator: str | None = None,
     gpus: str | None = None,
-    experts: bool = False,
     measure_rate: bool = False,
 ) -> str:
     """What the recipe's model has and a run of it will need, from the configuration alone.
@@ -82,7 +81,6 @@ def dry_run_report(
         accelerator: ``cuda`` or ``cpu``: what to count for, whatever this machine has; by default what the trainer
             would take here.
         gpus: Numbers of GPUs to count for, separated by commas.
-        experts: Count the experts' matrices as targets.
         measure_rate: Multiply matrices on this machine for some seconds, and give times at that rate.
 
     Raises:
@@ -94,7 +92,7 @@ def dry_run_report(
     rates = _rates(device, cli.model.dtype_in_memory) if measure_rate else {}
     config, origin = _config(cli.model.source, config_json)
     options = settings_of_run(cli.trainer)  # what a preset stands for is filled in
-    size = measure_config(config, None if options is None else options.targets, experts=experts)
+    size = measure_config(config, None if options is None else options.targets)
     weights = cli.model.dtype_in_memory
     run = run_shape(cli.trainer, cli.model, cli.datamodule, weights=weights, stored=config.dtype or weights)
     items = on_host(estimate(size, run)) if device == "cpu" else estimate(size, run)
@@ -158,9 +156,7 @@ def _counts(size: ModelSize, run: RunShape) -> list[str]:
         f"keep_ratio={run.final_ratio}: {int(run.final_ratio * size.target_parameters):,} at most (the budget)",
     ]
     if size.experts:
-        state = (
-            "targets, each a matrix" if size.expert_targets else "no targets, they stay dense (--experts counts them)"
-        )
+        state = f"{size.expert_targets:,} matrices of them are targets" if size.expert_targets else "none is a target"
         lines.append(
             f"Experts: {size.expert_parameters:,} parameters in {len(size.experts)} fused tensors, {size.active} of "
             f"{max(count for count, _, _ in size.experts)} at work for a token; {state}"

@@ -5,7 +5,7 @@ them up, docs/scaling.md lists them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -170,15 +170,15 @@ class RunShape:
         return self.keep_ratio if self.reallocated is None else self.reallocated
 
 
-def with_experts(size: ModelSize) -> ModelSize:
-    """The same model with every expert's matrix a target of its own: one more matrix, second moment and input each."""
-    each = [(rows, columns) for count, rows, columns in size.experts for _ in range(count)]
+def with_experts(size: ModelSize, matrices: Sequence[tuple[int, int]]) -> ModelSize:
+    """The same model with matrices of experts ``(rows, columns)`` as targets too, each with a second moment and an
+    input of its own."""
     return replace(
         size,
-        matrices=(*size.matrices, *each),
-        moments=(*size.moments, *(min(matrix) for matrix in each)),
-        inputs=(*size.inputs, *(columns for _, columns in each)),
-        expert_targets=len(each),
+        matrices=(*size.matrices, *matrices),
+        moments=(*size.moments, *(min(matrix) for matrix in matrices)),
+        inputs=(*size.inputs, *(columns for _, columns in matrices)),
+        expert_targets=len(matrices),
     )
 
 

@@ -17,6 +17,7 @@ from lowrank_lit.allocation import budget_of
 from lowrank_lit.compress import fingerprint
 from lowrank_lit.errors import GradientError
 from lowrank_lit.evidence import specs_of
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.report import plot_prediction, replacing
 from lowrank_lit.settings import Settings
@@ -53,6 +54,13 @@ def predicted_plan(
     Raises:
         LowRankError: As :func:`lowrank_lit.plan_ranks`.
     """
+    with ExpertsApart(model) as apart:
+        return _predicted(model, batches, settings, device, apart)
+
+
+def _predicted(
+    model: nn.Module, batches: Sequence[Any], settings: Settings, device: torch.device | str | None, apart: ExpertsApart
+) -> PredictedPlan:
     study = Study(model, batches, targets=settings.targets, device=device)
     reason = _no_prediction(settings)
     if not reason:
@@ -61,7 +69,9 @@ def predicted_plan(
             study.collection.calibration(settings.moments, importance=True, labels=settings.labels)
         except GradientError as error:
             reason = f"no gradients: {error}"
-    plan = replace(study.draft(settings).plan, fingerprint=fingerprint(model, study.batches, settings))
+    plan = study.draft(settings).plan
+    with apart.undone():
+        plan = replace(plan, fingerprint=fingerprint(model, study.batches, settings))
     if reason:
         return PredictedPlan(plan, plan.metric, reason=reason)
     points = study.curve(settings, sorted({*RATIOS, settings.keep_ratio}))

@@ -78,7 +78,6 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "help": "with --dry-run: what to count for, whatever is here (default: what the recipe takes here)",
             },
             "--gpus": {"metavar": "N,N", "help": "with --dry-run: numbers of GPUs to count for, such as 1,8,64"},
-            "--experts": {"action": "store_true", "help": "with --dry-run: count a mixture's experts as targets"},
             "--measure-rate --measure_rate": {
                 "action": "store_true",
                 "help": "with --dry-run: multiply matrices here for four seconds, and show times at that rate",

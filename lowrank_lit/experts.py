@@ -41,11 +41,26 @@ _DOWN = "down_proj"
 
 _routed: Tensor | None = None
 """Positions, in the flattened batch, of the tokens of the expert that is at work."""
+_fed = 0
+"""Tokens of that batch."""
 
 
 def routed_mask(mask: Tensor | None) -> Tensor | None:
     """A mask ``(batch, length)`` for what the layer at work is fed: inside an expert that of its tokens alone."""
     return mask if mask is None or _routed is None else mask.reshape(-1)[_routed]
+
+
+def tokens_around(mask: Tensor | None, own: int) -> int:
+    """Real tokens of the batch of which the layer at work is fed ``own``: those, but inside an expert, which is given a
+    part of them.
+
+    Args:
+        mask: ``(batch, length)`` or ``None``, of the batch.
+        own: Real tokens that the layer is fed.
+    """
+    if _routed is None:
+        return own
+    return _fed if mask is None else int(mask.sum())
 
 
 class Expert(nn.Module):
@@ -133,11 +148,11 @@ class SeparateExperts(nn.Module):
             top_k_index: Experts of every token ``(tokens, k)``; a number beyond the last expert is none.
             top_k_weights: Their weights ``(tokens, k)``.
         """
-        global _routed
+        global _routed, _fed
         result = torch.zeros_like(hidden_states)
         for number in self._at_work(top_k_index):
             tokens, places = torch.where(top_k_index == number)
-            _routed = tokens
+            _routed, _fed = tokens, len(hidden_states)
             try:
                 own = self.expert(number)(hidden_states[tokens], self.rest)
             finally:

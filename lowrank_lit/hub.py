@@ -6,11 +6,12 @@ makes it factored is the rank plan, which stands in ``config.json`` as a ``quant
 weights are read. A loaded model carries no mark of a quantised one: it trains, casts, takes adapters and is saved again
 like any other.
 
-An export also holds one empty tensor under the name of a weight that was factored (of one that is no expert's). transformers without this package
-skips a plan that it does not know, builds the dense model and would leave its weights to chance; that tensor makes it
-an error. ``save_pretrained`` of a model in memory writes no such tensor: it takes the state dict as it is, where a
-tensor that is none of the model's would fail every strict ``load_state_dict``, or asks a quantizer on the model, in
-whose presence it drops a state dict that the caller gives (sharded training does) and treats the model as quantised.
+An export also holds one empty tensor under the name of a weight that was factored and is no expert's. transformers
+without this package skips a plan that it does not know, builds the dense model and would leave its weights to chance;
+that tensor makes it an error. ``save_pretrained`` of a model in memory writes no such tensor: it takes the state dict
+as it is, where a tensor that is none of the model's would fail every strict ``load_state_dict``, or asks a quantizer on
+the model, in whose presence it drops a state dict that the caller gives (sharded training does) and treats the model as
+quantised.
 
 ``lowrank_lit.json`` beside it, with or without a plan, says which run wrote the folder, so that nothing else is ever
 overwritten.

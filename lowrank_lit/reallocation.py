@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lowrank_lit.allocation import MatrixSpec, spend
 from lowrank_lit.errors import LowRankError, PlanError
+from lowrank_lit.experts import routed_mask, tokens_around
 from lowrank_lit.gradients import start_graph
 from lowrank_lit.linalg import require_finite
 from lowrank_lit.statistics import accumulator, real_tokens, widen
@@ -89,6 +90,7 @@ class LatentSums:
         inputs: Sum of ``z_i^2``, ``(rank,)``.
         gradients: Sum of ``h_i^2``, ``(rank,)``, of the loss summed over the tokens of a forward.
         tokens: How many, by the same weights, ``()``.
+        text: The same of the text: more than ``tokens`` where the layer is an expert's.
         mask: ``(batch, length)``, true at the real tokens of the batch at hand; ``None`` where all are.
         scale: What the loss is divided by beyond its mean over tokens: batches whose gradients are accumulated.
     """
@@ -96,18 +98,21 @@ class LatentSums:
     inputs: Tensor
     gradients: Tensor
     tokens: Tensor
+    text: Tensor
     mask: Tensor | None = None
     scale: float = 1.0
 
     @classmethod
     def zeros(cls, rank: int, device: torch.device | str = "cpu") -> LatentSums:
         """Sums over no token."""
-        return cls(accumulator(rank, device=device), accumulator(rank, device=device), accumulator(device=device))
+        inputs, gradients = (accumulator(rank, device=device) for _ in range(2))
+        tokens, text = (accumulator(device=device) for _ in range(2))
+        return cls(inputs, gradients, tokens, text)
 
     @property
-    def totals(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All sums: ``inputs``, ``gradients``, ``tokens``."""
-        return self.inputs, self.gradients, self.tokens
+    def totals(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """All sums: ``inputs``, ``gradients``, ``tokens``, ``text``."""
+        return self.inputs, self.gradients, self.tokens, self.text
 
     def decay(self, factor: float) -> None:
         """Multiply all sums by ``factor``."""
@@ -116,7 +121,7 @@ class LatentSums:
 
     def to(self, device: torch.device | str) -> None:
         """Move the sums."""
-        self.inputs, self.gradients, self.tokens = (total.to(device) for total in self.totals)
+        self.inputs, self.gradients, self.tokens, self.text = (total.to(device) for total in self.totals)
 
     def observe(self, latents: Tensor, masked: Tensor) -> None:
         """Add the tokens of one forward, once its backward has brought the gradient at ``masked``.
@@ -132,22 +137,25 @@ class LatentSums:
             return
         if not masked.requires_grad:
             start_graph(masked)
-        mask = self.mask
+        mask = routed_mask(self.mask)
         rows = widen(real_tokens(latents, mask))
-        squares, tokens = rows.square().sum(0), len(rows)
+        squares, tokens, text = rows.square().sum(0), len(rows), tokens_around(self.mask, len(rows))
 
         def add(gradient: Tensor) -> None:
             # The loss is a mean over about as many tokens; that many times, it is the sum that the moment is of.
-            steep = (widen(real_tokens(gradient, mask)) * (tokens * self.scale)).square().sum(0)
+            steep = (widen(real_tokens(gradient, mask)) * (text * self.scale)).square().sum(0)
             counted = torch.isfinite(steep).all()
             self.inputs += torch.where(counted, squares, 0)
             self.gradients += torch.where(counted, steep, 0)
             self.tokens += torch.where(counted, tokens, 0)
+            self.text += torch.where(counted, text, 0)
 
         masked.register_hook(add)  # type: ignore[no-untyped-call]
 
     def nats(self, name: str) -> Tensor:
         """What each component is worth, ``1/2 E[z_i^2] E[h_i^2]`` in nats per token, ``(rank,)``; zeros without tokens.
+
+        The means are over the tokens that reach the layer, what it is worth over those of the text.
 
         Args:
             name: Of the layer, for errors.
@@ -156,7 +164,8 @@ class LatentSums:
             NonFiniteError: If a sum is NaN or infinite; names the layer.
         """
         count = self.tokens.clamp_min(torch.finfo(self.tokens.dtype).tiny)
-        worth = (self.inputs / count) * (self.gradients / count) / 2
+        reach = self.tokens / self.text.clamp_min(torch.finfo(self.tokens.dtype).tiny)
+        worth = (self.inputs / count) * (self.gradients / count) * reach / 2
         require_finite(worth, f"the scores of the components of layer '{name}' in the last steps")
         return worth
 
@@ -212,7 +221,7 @@ def _padded(values: Tensor, length: int) -> NDArray[np.float64]:
 
 def sums_to_dict(sums: Mapping[str, LatentSums]) -> dict[str, dict[str, Tensor]]:
     """The sums as plain tensors, for a checkpoint."""
-    keys = ("inputs", "gradients", "tokens")
+    keys = ("inputs", "gradients", "tokens", "text")
     return {
         name: {key: total.clone() for key, total in zip(keys, entry.totals, strict=True)}
         for name, entry in sums.items()

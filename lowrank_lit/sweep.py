@@ -29,6 +29,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from lowrank_lit.compress import fingerprint
 from lowrank_lit.errors import GradientError, LowRankError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.refit import substituted
 from lowrank_lit.report import data_hash
 from lowrank_lit.settings import PRESETS, Settings
@@ -277,19 +278,20 @@ class Sweep:
         if self.dense is None:
             self.dense = perplexity(self.model, self.blocks, batch_size=self.batch_size, device=self.device)
         targets = next(iter(cells.values())).targets
-        study = Study(self.model, self.draws[seed], targets=targets, device=self.device)
-        started = time.perf_counter()
-        collect(study, list(cells.values()))
-        self.calibration_seconds[seed] = time.perf_counter() - started
-        for key, cell in cells.items():
-            entry = {"key": key, "identity": identity, "seed": seed, "preset": preset_of(cell), "settings": _axes(cell)}
-            entry["dense_perplexity"] = _plain(self.dense)
-            try:
-                entry |= self._cell(study, cell)
-            except (LowRankError, LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
-                entry["error"] = " ".join(str(error).split()) or type(error).__name__
-            self.store.add(entry)
-            _tell(after, entry)
+        with ExpertsApart(self.model):
+            study = Study(self.model, self.draws[seed], targets=targets, device=self.device)
+            started = time.perf_counter()
+            collect(study, list(cells.values()))
+            self.calibration_seconds[seed] = time.perf_counter() - started
+            for key, cell in cells.items():
+                of_cell = {"key": key, "identity": identity, "seed": seed, "preset": preset_of(cell)}
+                entry = {**of_cell, "settings": _axes(cell), "dense_perplexity": _plain(self.dense)}
+                try:
+                    entry |= self._cell(study, cell)
+                except (LowRankError, LinAlgError, torch.OutOfMemoryError, MemoryError) as error:
+                    entry["error"] = " ".join(str(error).split()) or type(error).__name__
+                self.store.add(entry)
+                _tell(after, entry)
 
     def _cell(self, study: Study, settings: Settings) -> dict[str, Any]:
         started = time.perf_counter()

@@ -146,8 +146,8 @@ def weights_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.
     """The state dict in the layout that loading will build, cast and checked; tied tensors stay tied.
 
     With the guard of a factored model, unless experts alone are factored: an empty tensor under the name that one
-    weight had before it was factored. transformers without this package does not know the plan, builds the dense model and would leave that weight to
-    chance with no more than a report; at a tensor of another shape it raises an error.
+    weight had before it was factored. transformers without this package does not know the plan, builds the dense model
+    and would leave that weight to chance with no more than a report; at a tensor of another shape it raises an error.
     """
     skeleton = _skeleton(model, plan)
     expected = skeleton.state_dict()

@@ -54,6 +54,7 @@ from lowrank_lit.estimate import (
     streamed,
     totals,
 )
+from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.gradients import frozen
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.masks import factor_fully, mask_layers
@@ -227,11 +228,13 @@ def test_a_backward_pass_needs_the_whole_model_on_the_device() -> None:
 def test_counts_of_every_family(family: str) -> None:
     model = tiny_model(family)
     size = measure(model)
-    targets = find_targets(model)
+    with ExpertsApart(model):
+        targets = find_targets(model)
     assert size.parameters == count_parameters(model)
     assert size.target_parameters == sum(target.rows * target.columns for target in targets.values())
     assert size.shared
     assert size.blocks == 2
+    assert len(size.matrices) == len(targets)
     assert kept_parameters(size, 1.0) == size.parameters
 
 
@@ -435,11 +438,13 @@ def meta_size(config: Any, **changes: Any) -> ModelSize:
 def test_experts_are_counted_once() -> None:
     model = AutoModelForCausalLM.from_config(MIXED)
     assert find_experts(model) == ((8, 64, 64), (8, 64, 32)) * 3
-    size = meta_size(MIXED)
+    with torch.device("meta"):
+        size = measure(AutoModelForCausalLM.from_config(MIXED), ["*.self_attn.*"])
+    targets = meta_size(MIXED)
     assert size.expert_parameters == 3 * 8 * (64 * 64 + 64 * 32)
     assert size.parameters == count_parameters(model)
     assert size.active_share == 0.25
-    targets = with_experts(size)
+    assert targets == with_experts(size, [(64, 64), (64, 32)] * 24)
     assert targets.target_parameters == size.target_parameters + size.expert_parameters
     assert kept_parameters(targets, 0.5) < kept_parameters(size, 0.5)
     # What is kept of one token counts the experts that it goes through, whoever counts them.

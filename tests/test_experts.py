@@ -133,9 +133,14 @@ def test_a_context_leaves_the_model_as_it_was() -> None:
             assert set(model.state_dict()) == names
         assert experts_in(model)
     assert model.model.layers[0].mlp.experts is experts
-    with pytest.raises(ZeroDivisionError), ExpertsApart(model) as apart:
-        apart.keep(["model.layers.0.mlp.experts.0.down"])
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with ExpertsApart(model) as kept:
+            kept.keep(["model.layers.0.mlp.experts.0.down"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert set(model.state_dict()) == names
 
 
@@ -359,7 +364,8 @@ def test_planning_leaves_the_experts_fused() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     plan = plan_ranks(model, DATA, keep_ratio=0.6, **FAST)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
     result = compress(model, DATA, keep_ratio=0.6, **FAST)
     assert result.plan == plan
 
@@ -403,7 +409,8 @@ def test_the_cache_restores_experts(tmp_path: Path) -> None:
     assert load_compression(tmp_path, other, "another") is None
     assert not experts_in(other)
     found = load_compression(tmp_path, other, identity)
-    assert found is not None and found.plan == result.plan
+    assert found is not None
+    assert found.plan == result.plan
     assert torch.equal(logits(other), logits(model))
 
 
