@@ -117,7 +117,7 @@ def calibrate(
         backward = bool(moments & BACKWARD_MOMENTS)
         checked = _checked_loss(loss, model, batches, device) if backward else None
         streamed = each_in_one_block(layers, blocks) and (workspace is not None or not backward)
-        checked = None if checked is None else _in_turn(checked, batches, mine)
+        checked = None if checked is None else _in_turn(checked, mine)
         calls = capture_calls(model, blocks, own or batches[:1]) if streamed else None
         chained = all(distributed.gather("the model's blocks", calls is not None))
         if calls is None or not chained:
@@ -139,7 +139,7 @@ def own_share(batches: Sequence[Batch]) -> list[int]:
     return [number for number, reader in enumerate(readers) if reader == distributed.rank()]
 
 
-def _in_turn(loss: Loss, batches: Sequence[Batch], mine: Sequence[int]) -> Loss:
+def _in_turn(loss: Loss, mine: Sequence[int]) -> Loss:
     """The loss of the batches ``mine``, called in this order, with labels as in one process that reads them all."""
     if not isinstance(loss, SampledTokenLoss):
         return loss
@@ -147,8 +147,7 @@ def _in_turn(loss: Loss, batches: Sequence[Batch], mine: Sequence[int]) -> Loss:
 
     def of_own(model: nn.Module, batch: Batch) -> Tensor:
         before, number = next(following)
-        for other in range(before + 1, number):
-            loss.skip(batches[other])
+        loss.skip(number - before - 1)
         return loss(model, batch)
 
     return of_own

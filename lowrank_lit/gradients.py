@@ -29,6 +29,7 @@ _REMEDY = "use metric='input' (preset='unirank')"
 _IGNORED = -100
 # Nats per token by which a layer's outputs, changed by their own size, change the loss: below it is rounding of logits.
 _NEGLIGIBLE = 1e-6
+_STRIDE = 1_000_003  # between the seeds of batches; the CPU's generator takes the lower 32 bits of a seed
 
 
 def next_token_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -58,8 +59,8 @@ class SampledTokenLoss:
 
     The second moment of its gradients is the Fisher information, the curvature of the KL divergence from the model's
     own predictions; with the text's tokens for labels (:func:`next_token_loss`) it is the empirical Fisher, which also
-    measures how wrong the model is on the text. Positions count as there. The draws depend on the seed and the order of
-    the batches alone: a batch that another process reads is to be left to :meth:`skip`, so that each gets the labels
+    measures how wrong the model is on the text. Positions count as there. The draws depend on the seed and the number
+    of the batch alone: a batch that another process reads is to be left to :meth:`skip`, so that each gets the labels
     that it would get in one process.
 
     Args:
@@ -68,25 +69,19 @@ class SampledTokenLoss:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._skipped: list[int] = []
+        self._number = 0
 
-    def skip(self, batch: Batch) -> None:
-        """Leave out the draws of a batch. Costs its random numbers, once the number of classes is known."""
-        ids = _token_ids(batch)
-        self._skipped.append(len(ids) * (ids.shape[1] - 1))
+    def skip(self, count: int) -> None:
+        """Leave out the next batches; costs nothing, for every batch has draws of its own."""
+        self._number += count
 
     def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss; arguments and errors as in :func:`next_token_loss`."""
         ids = _token_ids(batch)
         logits = _logits(model, batch, ids)[:, :-1]
         wide = (logits if logits.dtype == torch.float64 else logits.float()).flatten(0, 1)
-        generator = self._generators.get(wide.device)
-        if generator is None:
-            generator = self._generators[wide.device] = torch.Generator(wide.device).manual_seed(self._seed)
-        for tokens in self._skipped:  # what multinomial draws: one exponential per token and class
-            torch.empty(tokens, wide.shape[1], dtype=wide.dtype, device=wide.device).exponential_(generator=generator)
-        self._skipped.clear()
+        generator = torch.Generator(wide.device).manual_seed(self._seed + _STRIDE * self._number)
+        self._number += 1
         probabilities = wide.detach().softmax(-1)
         if not bool(torch.isfinite(probabilities).all()):
             raise NonFiniteError("the logits on the calibration text hold a NaN or infinity; check the weights")

@@ -57,7 +57,7 @@ def main(out: Path, preset: str, kind: str, folder: Path | None) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size > 1:
         dist.init_process_group("gloo")
-    model, data = tiny_model("llama"), text()
+    model, data = tiny_model("qwen3_moe" if kind == "experts" else "llama"), text()
     if kind in ("killed", "raising", "bug"):
         accident(kind, model, rank)
     options = {"preset": preset, "min_rank": 4}
