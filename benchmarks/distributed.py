@@ -11,12 +11,16 @@ reported; every stage ends in all processes together, so that it lasts as long a
 ``decompose`` are the stages that the processes share; ``total`` is the whole compression with everything that each
 process does by itself. ``distance`` is the greatest relative distance (Frobenius) of a compressed weight from that of
 one process. Give as many cores as processes times threads, or the processes wait for each other.
+
+``apart`` is what the machine allows: as many processes side by side that know nothing of one another, each with its
+share of the sequences; their memory and caches are shared, so that even they are not as many times as fast.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import subprocess
@@ -24,6 +28,7 @@ import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +107,17 @@ def run(size: int, options: argparse.Namespace, out: Path) -> tuple[dict[str, An
     return json.loads((out / f"{size}.json").read_text()), torch.load(out / f"{size}.pt")
 
 
+def apart(size: int, options: argparse.Namespace, out: Path) -> float:
+    """Seconds of calibration in the slowest of ``size`` processes that each read a part of the text by themselves."""
+    own = argparse.Namespace(**{**vars(options), "sequences": options.sequences // size})
+    with ThreadPoolExecutor(size) as pool:
+        folders = [out / f"apart-{number}" for number in range(size)]
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        found = list(pool.map(lambda folder: run(1, own, folder)[0]["seconds"]["calibrate"], folders))
+    return max(found)
+
+
 def main() -> None:
     """Run all numbers of processes in turns, and compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,6 +138,7 @@ def main() -> None:
         measure(options)
         return
     seconds: dict[int, dict[str, float]] = {}
+    alone: dict[int, float] = {}
     results: dict[int, tuple[dict[str, Any], dict[str, Tensor]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeats):
@@ -130,10 +147,12 @@ def main() -> None:
                 results[size] = found, weights
                 best = seconds.setdefault(size, found["seconds"])
                 seconds[size] = {key: min(best[key], found["seconds"][key]) for key in STAGES}
+                if size > 1:
+                    alone[size] = min(alone.get(size, math.inf), apart(size, options, Path(folder)))
     base = options.processes[0]
     if options.table:
-        print("| processes | calibrate, s | decompose, s | total, s | calibrate, times | same plan | distance |")
-        print("|---|---|---|---|---|---|---|")
+        print("| processes | calibrate, s | decompose, s | total, s | calibrate, times | apart, times ", end="")
+        print("| decompose, times | same plan | distance |\n|---|---|---|---|---|---|---|---|---|")
     for size in options.processes:
         (first, dense), (own, weights) = results[base], results[size]
         far = [float(torch.linalg.norm(weights[name] - dense[name]) / torch.linalg.norm(dense[name])) for name in dense]
@@ -143,11 +162,12 @@ def main() -> None:
             "faster": {key: seconds[base][key] / seconds[size][key] for key in STAGES},
             "same_plan": first["ranks"] == own["ranks"],
             "distance": max(far, default=0.0),
+            "apart": seconds[base]["calibrate"] / alone.get(size, seconds[base]["calibrate"]),
         }
         times = " | ".join(f"{seconds[size][key]:.1f}" for key in STAGES)
-        faster = entry["faster"]["calibrate"]
-        same = "yes" if entry["same_plan"] else "no"
-        line = f"| {size} | {times} | {faster:.2f} | {same} | {entry['distance']:.0e} |"
+        faster, same = entry["faster"], "yes" if entry["same_plan"] else "no"
+        line = f"| {size} | {times} | {faster['calibrate']:.2f} | {entry['apart']:.2f} | {faster['decompose']:.2f} "
+        line += f"| {same} | {entry['distance']:.0e} |"
         print(line if options.table else json.dumps(entry), flush=True)
 
 
