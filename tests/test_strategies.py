@@ -135,6 +135,11 @@ def test_every_part_of_a_checkpoint_is_counted(tmp_path: Path, stage: int, kind:
         content = file.read_bytes()
         file.unlink()
         assert file.name in (damage(path) or "")
+        for length in (len(content) - 1, len(content) // 2, 0):
+            file.write_bytes(content[:length])
+            assert file.name in (damage(path) or "")
+            with pytest.raises(ExportError, match=rf"last\.ckpt' cannot be resumed from: .*{file.name}"):
+                require_shards(path, processes=3, stage=stage)
         file.write_bytes(content)
     (path / "latest").unlink()
     assert damage(path) == "a folder without DeepSpeed's file 'latest'"
