@@ -40,8 +40,8 @@ def resolve_checkpoint(trainer: Any, wanted: str) -> Path:
         whole = next((path for path in others if damage(path) is None), None)
         remedy = f"go on from an older one: --ckpt_path={whole}" if whole else "there is no other; start again"
         raise ExportError(f"checkpoint '{chosen}' is damaged ({problem}); {remedy}")
-    if chosen.is_dir():
-        strategy = trainer.strategy
+    strategy = trainer.strategy
+    if chosen.is_dir() or hasattr(strategy, "zero_stage_3"):
         require_shards(
             chosen,
             processes=trainer.num_devices * trainer.num_nodes,
@@ -150,8 +150,14 @@ def require_shards(path: Path, *, processes: int, stage: int | None, deepspeed: 
         deepspeed: Whether this run has DeepSpeed at all.
 
     Raises:
-        ExportError: If parts are missing, or it was written by another number of processes or in another stage.
+        ExportError: If it is no folder, parts are missing or truncated, or it was written by another number of
+            processes or in another stage.
     """
+    if path.is_file():
+        raise ExportError(
+            f"checkpoint '{path}' is a file, and DeepSpeed resumes from its own folders: resume with the strategy that "
+            "wrote it"
+        )
     try:
         shards = find_shards(path)
     except ExportError as error:

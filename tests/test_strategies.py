@@ -168,6 +168,10 @@ def test_last_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="written by 2 processes, and this run has 1"):
         resolve_checkpoint(trainer, "last")
+    file = tmp_path / "checkpoints" / "plain.ckpt"
+    torch.save({"state_dict": {}, "optimizer_states": []}, file)
+    with pytest.raises(ExportError, match=r"plain\.ckpt' is a file, and DeepSpeed resumes from its own folders"):
+        resolve_checkpoint(trainer, str(file))
 
 
 def test_stages_1_and_2_are_gathered_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
