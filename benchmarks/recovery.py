@@ -132,7 +132,7 @@ class Bench:
             loss.backward()
             if sequential is not None:
                 paused = "inner" if step < steps // 2 else "outer"
-                pause(optimizer, paused, sequential.parameters(paused))
+                pause(sequential.parameters(paused))
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             scheduler.step()

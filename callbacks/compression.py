@@ -146,7 +146,8 @@ class LowRankCompression(pl.Callback):
         if stage != "fit":
             return
         self.started = time.perf_counter()
-        pl_module.configure_model()  # Lightning calls it after this hook; it does nothing the second time
+        with distributed.cooperating("loading the model"):  # a file may be missing on one machine alone
+            pl_module.configure_model()  # Lightning calls it after this hook; it does nothing the second time
         model = model_of(pl_module)
         if self._model is not model:
             # What follows the seed is the same whether the compression is computed or taken from disk.

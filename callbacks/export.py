@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from lowrank_lit import distributed
 from lowrank_lit.callbacks._shared import find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.errors import ExportError, ModelError
@@ -83,14 +84,19 @@ class ExportOnFitEnd(pl.Callback):
         stored = self._stored_dtype(pl_module)
         if stored is not None:
             round_weights(model, stored)
-        if trainer.is_global_zero:
-            compression = find_callback(trainer, LowRankCompression)
-            result = None if compression is None else compression.result
-            plan = plan_of(pl_module, model) if result is None else result.plan
-            fingerprint = own_fingerprint(pl_module) if result is None else None
-            tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-            with memory_stage("export"):
-                export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
+        with distributed.cooperating("the export"):  # an error of the process that writes is raised in all
+            if trainer.is_global_zero:
+                self._write(trainer, pl_module, stored)
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stored: torch.dtype | None) -> None:
+        model: Any = model_of(pl_module)
+        compression = find_callback(trainer, LowRankCompression)
+        result = None if compression is None else compression.result
+        plan = plan_of(pl_module, model) if result is None else result.plan
+        fingerprint = own_fingerprint(pl_module) if result is None else None
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        with memory_stage("export"):
+            export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
 
     def _stored_dtype(self, pl_module: pl.LightningModule) -> torch.dtype | None:
         chosen = getattr(pl_module, "storage_dtype", None) if self.dtype == "auto" else getattr(torch, self.dtype)

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lowrank_lit.adapter_config import config_of, find_pairs, is_quantised, spec_of
+from lowrank_lit.adapter_config import FACTORS, config_of, find_pairs, is_quantised, spec_of
 from lowrank_lit.adapter_starts import adapter_starts, starts_from_data
 from lowrank_lit.callbacks._shared import calibration_text, find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
@@ -25,7 +25,7 @@ from lowrank_lit.errors import ExportError, LowRankError, ModelError
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.merging import MergeRecord
 from lowrank_lit.module import model_of
-from lowrank_lit.recovery import Adapters, add_adapters, pause, resume
+from lowrank_lit.recovery import Adapters, Turns, add_adapters, pause
 
 SCHEDULES = ("joint", "sequential")
 _STARTS = "adapter_starts.safetensors"
@@ -47,9 +47,10 @@ class RankPreservingLoRA(pl.Callback):
     The schedule ``sequential`` is SVD-LLM's: the first half of the optimizer steps moves the adapters of the outer
     factors, the second half those of the inner ones. Both are there from the start, and one that has not moved changes
     nothing, so this is the same as merging in between, while shapes, ``requires_grad`` and optimizer stay as they are.
-    Gradients of the paused half are dropped before the optimizer sees them. DeepSpeed keeps its gradients to itself:
-    there the learning rate of the paused half is zero, which takes parameter groups from
-    :func:`lowrank_lit.recovery.factor_groups`. The module's learning-rate schedule spans both halves.
+    Gradients of the paused half are dropped before they are clipped and before the optimizer sees them. DeepSpeed keeps
+    its gradients to itself: there they are zero as they arise and the step leaves the paused half out, which takes
+    parameter groups from :func:`lowrank_lit.recovery.factor_groups`. The module's learning-rate schedule spans both
+    halves.
 
     EVA and CorDA start from the second moments of the factors' inputs: those that the compression collected where it
     kept them, else of one forward pass over its calibration text, see
@@ -122,6 +123,7 @@ class RankPreservingLoRA(pl.Callback):
         self.record: MergeRecord | None = None
         self.quantization: dict[str, Any] | None = None
         self._guard: RemovableHandle | None = None
+        self._turns: Turns | None = None
 
     @property
     def needs_statistics(self) -> bool:
@@ -185,17 +187,19 @@ class RankPreservingLoRA(pl.Callback):
         return {"settings": settings, "quantization": made}
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Stop watching what is loaded into the model."""
+        """Take the hooks away."""
         self._release()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop watching what is loaded into the model."""
+        """Take the hooks away."""
         self._release()
 
     def _release(self) -> None:
         if self._guard is not None:
             self._guard.remove()
-        self._guard = None
+        if self._turns is not None:
+            self._turns.end()
+        self._guard = self._turns = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a sequential schedule without an end, or without groups where it needs them."""
@@ -204,26 +208,28 @@ class RankPreservingLoRA(pl.Callback):
             return
         if trainer.estimated_stepping_batches == float("inf"):
             raise LowRankError("schedule='sequential' needs the number of steps; set trainer.max_steps or max_epochs")
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if _is_deepspeed(trainer) and not any("factor" in group for group in groups):
+        if not _is_deepspeed(trainer):
+            return
+        (optimizer,) = trainer.optimizers
+        assert self.adapters is not None  # made in setup
+        if not any("factor" in group for group in optimizer.param_groups):
             raise ModelError(
                 "schedule='sequential' under DeepSpeed needs an optimizer with the parameter groups of "
                 "lowrank_lit.recovery.factor_groups(module); LowRankModule has them"
             )
+        self._turns = Turns(optimizer, {factor: self.adapters.parameters(factor) for factor in FACTORS})
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+        """Tell DeepSpeed's optimizer whose turn it is."""
+        if self._turns is not None:
+            self._turns.paused = _paused(trainer)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Pause the factor whose turn it is not."""
-        if self.schedule == "sequential" and self.adapters is not None:
-            first = trainer.global_step < trainer.estimated_stepping_batches // 2
-            paused = self.adapters.parameters("inner" if first else "outer")
-            pause(optimizer, "inner" if first else "outer", paused, by_rate=_is_deepspeed(trainer))
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
-        """Give paused groups their learning rate back."""
-        for optimizer in trainer.optimizers if self.schedule == "sequential" else ():
-            resume(optimizer)
+        if self.schedule == "sequential" and self.adapters is not None and self._turns is None:
+            pause(self.adapters.parameters(_paused(trainer)))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge while the model is still on its device, unless it is still in pieces."""
@@ -371,6 +377,11 @@ def _root(pl_module: pl.LightningModule) -> str:
     """Name of the model in the module."""
     names: dict[nn.Module, str] = {module: name for name, module in pl_module.named_modules()}
     return names[model_of(pl_module)]
+
+
+def _paused(trainer: pl.Trainer) -> str:
+    """The factor that the sequential schedule does not move in the coming step."""
+    return "inner" if trainer.global_step < trainer.estimated_stepping_batches // 2 else "outer"
 
 
 def _is_deepspeed(trainer: pl.Trainer) -> bool:

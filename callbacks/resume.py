@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+
+from lowrank_lit._checkpoints import disk_reason, unwritten
 
 _KEY = "random_states"
 
@@ -84,22 +87,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Raises:
-            OSError: If the disk is full or read-only; an earlier checkpoint of that name is then left as it was.
+            ExportError: If the disk is full or read-only; an earlier checkpoint of that name is then left as it was.
         """
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             with part.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())  # a machine that loses its power has the data before the name
             os.replace(part, target)
-        except BaseException:
-            part.unlink(missing_ok=True)
+        except BaseException as error:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+            if isinstance(error, OSError) or (isinstance(error, RuntimeError) and "inline_container" in str(error)):
+                raise unwritten(target, disk_reason(error)) from error
             raise
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,8 +40,8 @@ def resolve_checkpoint(trainer: Any, wanted: str) -> Path:
         whole = next((path for path in others if damage(path) is None), None)
         remedy = f"go on from an older one: --ckpt_path={whole}" if whole else "there is no other; start again"
         raise ExportError(f"checkpoint '{chosen}' is damaged ({problem}); {remedy}")
-    if chosen.is_dir():
-        strategy = trainer.strategy
+    strategy = trainer.strategy
+    if chosen.is_dir() or hasattr(strategy, "zero_stage_3"):
         require_shards(
             chosen,
             processes=trainer.num_devices * trainer.num_nodes,
@@ -121,7 +122,10 @@ def find_shards(path: Path) -> Shards:
     first = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
     if first not in found:
         raise ExportError(f"'{folder / first}' is missing")
-    processes = int(_load(folder / first)["dp_world_size"])
+    states = _load(folder / first)
+    if "dp_world_size" not in states:
+        raise ExportError(f"'{folder / first}' is no part of DeepSpeed's")
+    processes = int(states["dp_world_size"])
     kind = "bf16_" if any(name.startswith("bf16_") for name in found) else ""
     needed = [f"{kind}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(processes)]
     if stage == 3:
@@ -129,6 +133,10 @@ def find_shards(path: Path) -> Shards:
     missing = [name for name in needed if name not in found]
     if missing:
         raise ExportError(f"'{folder / missing[0]}' is missing, {len(missing)} of {len(needed)} parts are")
+    for name in needed:
+        # The table at the end of a file lists what is before it: parts are pickles, which are not read to find out.
+        if not zipfile.is_zipfile(folder / name):
+            raise ExportError(f"'{folder / name}' is truncated, or no part of DeepSpeed's")
     return Shards(folder, processes, stage, folder / first)
 
 
@@ -142,8 +150,14 @@ def require_shards(path: Path, *, processes: int, stage: int | None, deepspeed: 
         deepspeed: Whether this run has DeepSpeed at all.
 
     Raises:
-        ExportError: If parts are missing, or it was written by another number of processes or in another stage.
+        ExportError: If it is no folder, parts are missing or truncated, or it was written by another number of
+            processes or in another stage.
     """
+    if path.is_file():
+        raise ExportError(
+            f"checkpoint '{path}' is a file, and DeepSpeed resumes from its own folders: resume with the strategy that "
+            "wrote it"
+        )
     try:
         shards = find_shards(path)
     except ExportError as error:
@@ -201,3 +215,21 @@ def _load(file: Path) -> dict[str, Any]:
     except Exception as error:  # a truncated or foreign file surfaces as many kinds of error
         raise ExportError(f"'{file}' cannot be read ({reason_of(error)})") from error
     return loaded
+
+
+def disk_reason(error: BaseException) -> str:
+    """What the system said that kept a file from being written; torch reports the place it reached in its stead."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return cause.strerror or reason_of(cause)
+    return "the disk did not take all of it" if "inline_container" in str(error) else reason_of(error)
+
+
+def unwritten(path: Path, reason: str) -> ExportError:
+    """For a checkpoint that could not be written, from :func:`disk_reason`."""
+    return ExportError(
+        f"checkpoint '{path}' cannot be written ({reason}); free space, or set ModelCheckpoint.dirpath to another "
+        "disk; an earlier checkpoint is as it was"
+    )

@@ -35,7 +35,8 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
     """Write a compression. A disk that is full or read-only costs a warning, not the result in memory.
 
     Args:
-        folder: Created where it is missing; an earlier compression in it is replaced.
+        folder: Created where it is missing; an earlier compression in it is replaced once the new one is on the disk,
+            and stays where that cannot be written.
         model: The factored model.
         result: What made it.
     """
@@ -46,18 +47,20 @@ def save_compression(folder: Path, model: nn.Module, result: CompressionResult) 
         for name, layer in _layers(model, result.plan)
         for key, value in layer.state_dict().items()
     }
-    written = folder / f"{_RECORD}.part"
+    parts = {name: folder / f"{name}.new" for name in (_FACTORS, _PLAN, _RECORD)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _RECORD).unlink(missing_ok=True)
-        write_tensors(folder / _FACTORS, tensors, {"plan": _plan_hash(result.plan)})
-        result.plan.save(folder / _PLAN)
-        written.write_text(json.dumps(result.record, indent=1), encoding="utf-8")
-        os.replace(written, folder / _RECORD)
+        write_tensors(parts[_FACTORS], tensors, {"plan": _plan_hash(result.plan)})
+        result.plan.save(parts[_PLAN])
+        parts[_RECORD].write_text(json.dumps(result.record, indent=1), encoding="utf-8")
+        (folder / _RECORD).unlink(missing_ok=True)  # from here to the end there is no compression to be taken
+        for name, part in parts.items():
+            os.replace(part, folder / name)
         (folder / CALIBRATION_FILE).unlink(missing_ok=True)
     except (OSError, LowRankError, SafetensorError) as error:
-        with suppress(OSError):  # the folder may be what cannot be written, or no folder at all
-            written.unlink(missing_ok=True)
+        for part in parts.values():
+            with suppress(OSError):  # the folder may be what cannot be written, or no folder at all
+                part.unlink(missing_ok=True)
         warnings.warn(
             f"the compressed factors could not be kept in '{folder}' ({error}); a second run will calibrate again",
             stacklevel=2,
@@ -120,9 +123,14 @@ def _checked(
     elif metadata.get("plan") != _plan_hash(plan) or not is_intact(tensors, metadata):
         reason = "do not match the hash that was written with them, or their plan does not: the folder was changed"
     if reason:
-        warnings.warn(f"the factors in '{folder}' {reason}; calibrating again", stacklevel=3)
+        _say(f"the factors in '{folder}' {reason}; calibrating again")
         return None
     return plan, tensors, record
+
+
+def _say(message: str) -> None:
+    if distributed.rank() == 0:  # the others read the same folder
+        warnings.warn(message, stacklevel=4)
 
 
 def _plan_hash(plan: RankPlan) -> str:
@@ -152,7 +160,7 @@ def _read(folder: Path, identity: str) -> tuple[RankPlan, dict[str, Tensor], dic
         tensors, metadata = read_tensors(folder / _FACTORS)
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        warnings.warn(f"the kept compression in '{folder}' cannot be read ({error}); calibrating again", stacklevel=3)
+        _say(f"the kept compression in '{folder}' cannot be read ({error}); calibrating again")
         return None
     return plan, tensors, metadata, record
 

@@ -211,6 +211,10 @@ def _foreign(error: Exception) -> str | None:
     kinds = _kinds(error)
     if "MisconfigurationException" in kinds:
         return str(error)
+    if kinds & {"DistNetworkError", "DistStoreError"}:  # while processes look for each other, by another strategy
+        from lowrank_lit.distributed import unreached
+
+        return str(unreached(error))
     if "OutOfMemoryError" in kinds or "not enough memory" in str(error) or isinstance(error, MemoryError):
         return f"out of memory; lower data.batch_size or data.block_size ({str(error).partition(chr(10))[0]})"
     return None

@@ -12,6 +12,7 @@ how it went, so that an error of one is raised, with the same message, in all. N
 from __future__ import annotations
 
 import heapq
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,10 +39,13 @@ _team: _Team | None = None
 
 
 @contextmanager
-def cooperating() -> Iterator[None]:
+def cooperating(what: str = "the compression") -> Iterator[None]:
     """Calibrations and factorings in this context are shared by all processes of the job, which must all enter it with
     the same model, text and settings; nothing happens where ``torch.distributed`` is not initialised, or one process is
     all there is.
+
+    Args:
+        what: Is done here, in words, for messages; the same in every process.
 
     Raises:
         LowRankError: In all processes where one has raised inside of the context; where a process has ended, in the
@@ -55,12 +59,28 @@ def cooperating() -> Iterator[None]:
     own = None if "gloo" in dist.get_backend() else dist.new_group(backend="gloo")
     _team = _Team(dist.get_rank(), dist.get_world_size(), own)
     try:
-        with together("the compression"):
+        with together(what):
             yield
     finally:
         _team = None
         if own is not None:
             dist.destroy_process_group(own)
+
+
+def unreached(error: BaseException, waited: float | None = None) -> LowRankError:
+    """What a process says that did not find the others of its job.
+
+    Args:
+        error: Of torch or gloo.
+        waited: Seconds, where a setting says how many.
+    """
+    address, port = (os.environ.get(name, "?") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    limit = "" if waited is None else f" in LowRankDeepSpeed.timeout={waited:g} seconds"
+    return LowRankError(
+        f"the processes of the job did not find each other at {address}:{port}{limit} "
+        f"({reason_of(error)}): start the command on all nodes of trainer.num_nodes, each with a NODE_RANK of its own, "
+        "and set MASTER_ADDR and MASTER_PORT to an address and an open port of the first one that all of them reach"
+    )
 
 
 def rank() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from lowrank_lit.errors import ExportError, LowRankError
+from lowrank_lit.errors import ExportError, LowRankError, reason_of
 
 FORMAT_VERSION = 1
 """Version of the entry in ``config.json`` and of ``lowrank_lit.json``; a newer one is refused."""
@@ -78,6 +78,19 @@ def read_shapes(files: Iterable[_PathLike]) -> dict[str, tuple[int, ...]]:
                 f"weight file '{file}' is missing, truncated or no safetensors file ({error}); export the model again"
             ) from error
     return shapes
+
+
+def damaged_file(folder: Path) -> str | None:
+    """Which weight file of a model folder is missing, truncated or no safetensors file, if one is."""
+    if not list(folder.glob("*.safetensors*")):
+        return None
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"'{file}' is missing, truncated or no safetensors file: {reason_of(error)}"
+    return None
 
 
 def check_version(version: object, where: str) -> None:

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 from lowrank_lit._checkpoints import gather_shards
 from lowrank_lit.distillation import Teacher, counted_positions, divergence, weights_hash
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
+from lowrank_lit.folders import damaged_file
 from lowrank_lit.masks import MaskedModel, masked_layout, plan_of_cut
 from lowrank_lit.optimizers import build_optimizer
 from lowrank_lit.plan import RankPlan
@@ -356,8 +357,10 @@ def _build_model(source: str | dict[str, Any], config: Any, dtype: torch.dtype) 
     except LowRankError:
         raise
     except Exception as error:  # a missing, truncated or mis-shaped weight file surfaces as many kinds of error
+        damaged = damaged_file(Path(source)) if isinstance(source, str) else None
         raise ModelError(
-            f"the weights of model '{source}' cannot be loaded ({reason_of(error)}); check that the folder is complete"
+            f"the weights of model '{source}' cannot be loaded ({damaged or reason_of(error)}); check that the folder "
+            "is complete"
         ) from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers and only warns

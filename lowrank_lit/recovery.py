@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,33 +252,59 @@ def factor_groups(module: nn.Module) -> list[dict[str, Any]]:
     return [{"params": parameters, "factor": factor} for factor, parameters in groups.items() if parameters]
 
 
-def pause(
-    optimizer: torch.optim.Optimizer, factor: str, parameters: Iterable[nn.Parameter], *, by_rate: bool = False
-) -> None:
-    """Let the next step of an optimizer pass a factor by; call it after the gradients and before the step.
+def pause(parameters: Iterable[nn.Parameter]) -> None:
+    """Let the next step of an optimizer pass parameters by, their state included: drop their gradients.
+
+    Call it after the backward pass and before gradients are clipped. For optimizers that have taken the gradients by
+    then, see :class:`Turns`.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+
+
+class Turns:
+    """:func:`pause` for DeepSpeed, which takes every gradient as soon as it is computed.
+
+    Gradients of the paused factor are zero as they arise, so that the norm by which all are clipped is that of the
+    others, and the optimizer's step leaves its groups out, so that neither values nor moments nor counted steps change.
 
     Args:
-        optimizer: Any, or DeepSpeed's.
-        factor: ``inner`` or ``outer``.
-        parameters: Of that factor; their gradients are dropped, and with them every change of their state.
-        by_rate: Set the learning rate of the groups of :func:`factor_groups` to zero instead, until :func:`resume`:
-            for optimizers that have taken the gradients already.
+        optimizer: DeepSpeed's, round one with the groups of :func:`factor_groups`, or such a one itself.
+        parameters: Those that train, by factor.
+
+    Attributes:
+        paused: ``inner``, ``outer``, or "" for neither. Set it before the backward pass.
     """
-    if not by_rate:
-        for parameter in parameters:
-            parameter.grad = None
-        return
-    for group in optimizer.param_groups:
-        if group.get("factor") == factor:
-            group["paused_lr"], group["lr"] = group["lr"], 0.0
 
+    def __init__(self, optimizer: Any, parameters: Mapping[str, Iterable[nn.Parameter]]) -> None:
+        self.paused = ""
+        self._left_out: list[tuple[dict[str, Any], list[Any]]] = []
+        inner: torch.optim.Optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._handles = [inner.register_step_pre_hook(self._leave_out), inner.register_step_post_hook(self._put_back)]
+        for factor, own in parameters.items():
+            silence = partial(self._silence, factor)
+            self._handles += [parameter.register_hook(silence) for parameter in own]  # type: ignore[no-untyped-call]
 
-def resume(optimizer: torch.optim.Optimizer) -> None:
-    """Give groups that :func:`pause` has stopped their learning rate back, unless a scheduler has given them one."""
-    for group in optimizer.param_groups:
-        rate = group.pop("paused_lr", None)
-        if rate is not None and group["lr"] == 0:
-            group["lr"] = rate
+    def end(self) -> None:
+        """Take the hooks away; nothing is paused any more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _silence(self, factor: str, gradient: Tensor) -> Tensor | None:
+        return torch.zeros_like(gradient) if factor == self.paused else None
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        # DeepSpeed steps one group at a time and may put parameters into it just before: what is there now counts.
+        for group in optimizer.param_groups if self.paused else ():
+            if group.get("factor") == self.paused:
+                self._left_out.append((group, group["params"]))
+                group["params"] = []
+
+    def _put_back(self, *_: Any) -> None:
+        for group, parameters in self._left_out:
+            group["params"] = parameters
+        self._left_out = []
 
 
 def _own_config(config: PeftConfig | Mapping[str, Any] | None, plain: Mapping[str, Any]) -> Any:

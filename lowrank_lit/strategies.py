@@ -18,17 +18,20 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import nn
 
-from lowrank_lit._checkpoints import require_shards
+from lowrank_lit._checkpoints import disk_reason, require_shards, unwritten
+from lowrank_lit.distributed import unreached
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.extras import load_deepspeed
 
 STAGES = (1, 2, 3)
 OFFLOADS = ("none", "optimizer", "all")
+_TAG = "checkpoint"
 _BUCKET = (
     50_000_000  # numbers that are sent at once; DeepSpeed's own half a billion costs 2 GiB, and adapters are small
 )
@@ -111,13 +114,20 @@ class LowRankDeepSpeed(DeepSpeedStrategy):
         DDPStrategy.setup_environment(self)  # DeepSpeedStrategy's own adds nothing but a check for CUDA
 
     def setup_distributed(self) -> None:
-        """Start the communication; of CPUs there is no index to check."""
-        if isinstance(self.accelerator, CUDAAccelerator):
-            super().setup_distributed()
-            return
-        reset_seed()
-        self.set_world_ranks()
-        self._init_deepspeed_distributed()
+        """Start the communication; of CPUs there is no index to check.
+
+        Raises:
+            LowRankError: If the processes do not find each other in time; names the address.
+        """
+        try:
+            if isinstance(self.accelerator, CUDAAccelerator):
+                super().setup_distributed()
+                return
+            reset_seed()
+            self.set_world_ranks()
+            self._init_deepspeed_distributed()
+        except (OSError, RuntimeError) as error:  # torch's errors of stores and networks are RuntimeErrors
+            raise unreached(error, self._timeout.total_seconds() if self._timeout else None) from error
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Hand the model to DeepSpeed, with weights of the types that the module has given them."""
@@ -161,9 +171,15 @@ class LowRankDeepSpeed(DeepSpeedStrategy):
         super().teardown()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write every process's part of a checkpoint beside its name, and move the folder there when all have."""
+        """Write every process's part of a checkpoint beside its name, and move the folder there when all have.
+
+        Raises:
+            ExportError: In every process, if one could not write its part (full disk): nothing is left of it, and an
+                earlier checkpoint of that name is as it was.
+        """
         target = Path(self.broadcast(filepath))
-        if storage_options is not None or self.deepspeed_engine.use_node_local_storage():
+        engine: Any = self.deepspeed_engine
+        if storage_options is not None or engine.use_node_local_storage():
             super().save_checkpoint(checkpoint, target, storage_options)
             return
         part, old = (target.with_name(f"{target.name}.{kind}") for kind in ("part", "old"))
@@ -171,14 +187,42 @@ class LowRankDeepSpeed(DeepSpeedStrategy):
             for left in (part, old):
                 shutil.rmtree(left, ignore_errors=True)
         self.barrier("no part of an earlier attempt is left")
-        super().save_checkpoint(checkpoint, part)
-        self.barrier("every part is written")
+        # What an error kept a process from would leave the others waiting for it: DeepSpeed itself meets none.
+        with _errors_kept(engine) as kept:
+            state = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
+            engine.save_checkpoint(
+                str(part),
+                client_state=state,
+                tag=_TAG,
+                save_latest=False,
+                exclude_frozen_parameters=self.exclude_frozen_parameters,
+            )
+        if self.is_global_zero and not kept:
+            with _kept(kept):
+                (part / "latest").write_text(_TAG, encoding="utf-8")
+        self._end_together(kept, part, target)
         if self.is_global_zero:
-            if target.is_dir():
-                target.replace(old)
-            part.replace(target)
+            with _kept(kept):
+                if target.is_dir():
+                    target.replace(old)
+                part.replace(target)
+            if not target.exists() and old.exists():
+                old.replace(target)
             shutil.rmtree(old, ignore_errors=True)
-        self.barrier("the checkpoint is in its place")
+        self._end_together(kept, part, target)
+
+    def _end_together(self, kept: list[str], part: Path, target: Path) -> None:
+        """Go on where no process has met an error, else remove the part and raise the first one in all."""
+        found: list[Any] = [list(kept)]
+        if dist.is_initialized():
+            found *= self.world_size
+            dist.all_gather_object(found, list(kept))
+        met = [(number, errors[0]) for number, errors in enumerate(found) if errors]
+        if not met:
+            return
+        if self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)
+        raise unwritten(target, f"process {met[0][0]}: {met[0][1]}")
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         """Load this process's part.
@@ -203,6 +247,39 @@ class LowRankDeepSpeed(DeepSpeedStrategy):
         """Stage of ZeRO."""
         assert isinstance(self.config, dict)
         return int(self.config["zero_optimization"]["stage"])
+
+
+@contextmanager
+def _errors_kept(engine: Any) -> Iterator[list[str]]:
+    """Write what an engine of DeepSpeed's saves; errors of the disk are listed, not raised."""
+    found: list[str] = []
+    writer = engine.checkpoint_engine
+    places = [(writer, "save"), (writer, "makedirs"), (engine, "_copy_recovery_script")]
+
+    def careful(function: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> None:
+            with _kept(found):
+                if not found:
+                    function(*args, **kwargs)
+
+        return called
+
+    for owner, name in places:
+        setattr(owner, name, careful(getattr(owner, name)))
+    try:
+        yield found
+    finally:
+        for owner, name in places:
+            delattr(owner, name)  # what the class has is there again
+
+
+@contextmanager
+def _kept(found: list[str]) -> Iterator[None]:
+    """Note what keeps a file from being written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found.append(disk_reason(error))
 
 
 def make_whole(module: nn.Module) -> None:

@@ -16,6 +16,7 @@ from lowrank_lit.cache import load_compression, save_compression
 from lowrank_lit.compress import CompressionResult, compress, fingerprint
 from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.settings import Settings
+from tests.disks import small_disk
 from tests.test_surgery import factorise
 from tests.tiny import batches, tiny_model
 
@@ -200,16 +201,46 @@ def test_a_file_that_cannot_be_written_leaves_nothing_that_is_taken(name: str, t
         save_compression(tmp_path, model, result)
     for identity in (result.plan.fingerprint, other.plan.fingerprint):
         assert load_compression(tmp_path, tiny_model("qwen2"), identity) is None
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.new*"))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk_costs_a_warning(tmp_path: Path) -> None:
     model, result = make()
-    (tmp_path / "record.json.part").symlink_to("/dev/full")
+    (tmp_path / "record.json.new").symlink_to("/dev/full")
     with pytest.warns(UserWarning, match="could not be kept in .*[Nn]o space"):
         save_compression(tmp_path, model, result)
     assert load_compression(tmp_path, tiny_model("qwen2"), result.plan.fingerprint) is None
+
+
+def test_a_full_disk_leaves_the_earlier_compression(tmp_path: Path) -> None:
+    """Whatever it is that no longer fits: the factors, or what is written after them."""
+    first, old = make(keep_ratio=0.8)
+    second, new = make(keep_ratio=0.6)
+    with small_disk(tmp_path / "disk", 2**21) as disk:
+        folder = disk.folder / "compressed"
+        save_compression(folder, first, old)
+        kept = {file.name: file.read_bytes() for file in folder.iterdir()}
+        disk.fill(20_000)
+        assert len(kept["factors.safetensors"]) > 20_000
+        with pytest.warns(UserWarning, match=r"could not be kept in .* a second run will calibrate again"):
+            save_compression(folder, second, new)
+        assert {file.name: file.read_bytes() for file in folder.iterdir()} == kept
+        again = tiny_model("qwen2")
+        assert load_compression(folder, again, new.plan.fingerprint) is None
+        assert load_compression(folder, again, old.plan.fingerprint) is not None
+        assert torch.equal(logits(again), logits(first))
+
+
+def test_statistics_on_a_full_disk_cost_a_warning(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"keep_ratio": 0.6, "preset": "fast", "min_rank": 4}
+    expected = compress(tiny_model("llama"), BATCHES, **options)
+    with small_disk(tmp_path / "disk", 2**21) as disk:
+        disk.fill(4_000)
+        with pytest.warns(UserWarning, match=r"statistics could not be kept in .*a run that is interrupted will"):
+            made = compress(tiny_model("llama"), BATCHES, resume=disk.folder, **options)
+        assert [file.name for file in disk.folder.iterdir()] == ["filler"] * disk.mounted
+    assert made.plan == expected.plan
 
 
 def test_a_new_compression_replaces_the_old(tmp_path: Path) -> None:

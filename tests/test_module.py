@@ -233,6 +233,22 @@ def test_truncated_weights(length: int, folder: Path) -> None:
     check_refusal(LowRankModule(str(folder)), "the weights of model '.*' cannot be loaded .*; check that the folder")
 
 
+def test_the_bad_one_of_several_weight_files_is_named(folder: Path, tmp_path: Path) -> None:
+    module = LowRankModule(str(folder))
+    module.configure_model()
+    module.model.save_pretrained(tmp_path / "shards", max_shard_size="20kB")
+    files = sorted((tmp_path / "shards").glob("model-*.safetensors"))
+    assert len(files) > 2
+    content = files[1].read_bytes()
+    for length in (None, 0, len(content) - 1):
+        files[1].unlink() if length is None else files[1].write_bytes(content[:length])
+        with pytest.raises(
+            ModelError, match=rf"cannot be loaded \('.*{files[1].name}' is missing, truncated"
+        ) as caught:
+            LowRankModule(str(tmp_path / "shards")).configure_model()
+        assert "\n" not in str(caught.value)
+
+
 def test_missing_and_incomplete_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)

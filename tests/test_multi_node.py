@@ -128,15 +128,25 @@ def test_two_nodes_by_torchrun(tmp_path: Path, nodes: list[tuple[list[str], str,
     require_whole_run(root, dense, 0.6, 64 * 1024)
 
 
-def test_a_node_that_cannot_be_reached(tmp_path: Path, nodes: list[tuple[list[str], str, dict[str, str]]]) -> None:
+@pytest.mark.parametrize("node", [0, 1], ids=["no other node comes", "the first one is not there"])
+def test_a_node_that_cannot_be_reached(
+    tmp_path: Path, nodes: list[tuple[list[str], str, dict[str, str]]], node: int
+) -> None:
+    """One line with the address, once the time is over."""
     prepare(tmp_path)
-    argv = [sys.executable, "-m", "lowrank_lit", *command(tmp_path, "--trainer.strategy.init_args.timeout=10")]
-    prefix, _, variables = nodes[1]
-    absent = "10.213.7.9" if prefix else "127.0.0.9"
-    environment = os.environ | variables | {"MASTER_ADDR": absent, "MASTER_PORT": str(free_port()), "NODE_RANK": "1"}
+    options = ("--trainer.strategy.init_args.timeout=10", "--trainer.devices=1")
+    argv = [sys.executable, "-m", "lowrank_lit", *command(tmp_path, *options)]
+    prefix, own, variables = nodes[node]
+    address, port = own if node == 0 else "10.213.7.9" if prefix else "127.0.0.9", free_port()
+    environment = os.environ | variables | {"MASTER_ADDR": address, "MASTER_PORT": str(port), "NODE_RANK": str(node)}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run(
-        [*prefix, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+        [*prefix, *argv], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    assert done.returncode != 0
-    assert absent in done.stderr + done.stdout
+    assert done.returncode == 2
+    (line,) = [line for line in done.stderr.splitlines() if "error" in line]
+    assert line.startswith(f"error: the processes of the job did not find each other at {address}:{port} in ")
+    assert "LowRankDeepSpeed.timeout=10 seconds" in line
+    assert "set MASTER_ADDR and MASTER_PORT" in line
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -17,7 +18,7 @@ from lowrank_lit.adapter_starts import adapter_starts
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
 from lowrank_lit.layers import FactoredLayer, FactoredLinear, PivotLinear
 from lowrank_lit.merging import MergeRecord
-from lowrank_lit.recovery import Adapters, add_adapters, factor_groups, pause, resume
+from lowrank_lit.recovery import Adapters, Turns, add_adapters, factor_groups, pause
 from lowrank_lit.unmerging import unmerge
 from tests.tiny import batches, tiny_model
 
@@ -602,25 +603,43 @@ def test_plain_configurations_are_checked(config: dict[str, Any], message: str) 
     assert not adapter_layers(model)
 
 
-def test_groups_and_pauses_move_one_factor_at_a_time() -> None:
-    for by_rate in (False, True):
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD], ids=["adamw", "sgd"])
+def test_turns_are_pauses_that_need_no_gradient_dropped(kind: Any) -> None:
+    """The same values and norms, by moments that did not move, and each moves one factor at a time."""
+    ends = []
+    for by_turns in (False, True):
+        torch.manual_seed(0)
         model = nn.Sequential(FactoredLinear(8, 8, 4), nn.Linear(8, 8))
         adapters = add_adapters(model, rank=2)
+        perturb(model)
         groups = factor_groups(model)
         assert [group["factor"] for group in groups] == ["inner", "outer"]
         assert sum(p.numel() for group in groups for p in group["params"]) == adapters.trainable_parameters
-        optimizer = torch.optim.AdamW(groups if by_rate else groups[0]["params"] + groups[1]["params"], lr=0.1)
-        perturb(model)
-        values = {f: [p.detach().clone() for p in adapters.parameters(f)] for f in ("inner", "outer")}
+        optimizer = kind(groups, lr=0.1, weight_decay=0.1)
+        own = {factor: adapters.parameters(factor) for factor in ("inner", "outer")}
+        turns = Turns(SimpleNamespace(optimizer=optimizer), own) if by_turns else None
+        values = {factor: [p.detach().clone() for p in own[factor]] for factor in own}
         for paused, moved in (("inner", "outer"), ("outer", "inner")):
             for _ in range(3):
                 optimizer.zero_grad()
+                if turns is not None:
+                    turns.paused = paused
                 model(torch.ones(3, 8)).square().sum().backward()
-                pause(optimizer, paused, adapters.parameters(paused), by_rate=by_rate)
+                if turns is None:
+                    pause(own[paused])
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                assert norm > 1
                 optimizer.step()
-                resume(optimizer)
-                assert {group["lr"] for group in optimizer.param_groups} == {0.1}
+                assert [len(group["params"]) for group in optimizer.param_groups] == [len(own[f]) for f in own]
             for factor in (paused, moved):
-                same = [torch.equal(p, v) for p, v in zip(adapters.parameters(factor), values[factor], strict=True)]
+                same = [torch.equal(p, v) for p, v in zip(own[factor], values[factor], strict=True)]
                 assert all(same) if factor == paused else not any(same)
-                values[factor] = [p.detach().clone() for p in adapters.parameters(factor)]
+                values[factor] = [p.detach().clone() for p in own[factor]]
+        ends.append([*values["inner"], *values["outer"], norm])
+        if turns is not None:
+            turns.end()
+            model(torch.ones(3, 8)).square().sum().backward()
+            optimizer.step()
+            assert not any(torch.equal(p, v) for f in own for p, v in zip(own[f], values[f], strict=True))
+    for one, other in zip(*ends, strict=True):  # norms are summed in another order
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

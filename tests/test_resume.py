@@ -28,6 +28,7 @@ from lowrank_lit.callbacks.resume import AtomicCheckpointIO, ExactResume
 from lowrank_lit.data import train_tokenizer
 from lowrank_lit.errors import DataError, ExportError, RecipeError
 from lowrank_lit.loader import ResumableLoader, shuffled_loader
+from tests.disks import small_disk
 from tests.tiny import tiny_model
 
 # --- the order of the data -------------------------------------------------------------------------------------------
@@ -199,6 +200,19 @@ def killed_while_writing(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     AtomicCheckpointIO().save_checkpoint({"state_dict": {"w": torch.zeros(100_000)}}, path)
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 2**21) as disk:
+        path = write(disk.folder / "last.ckpt")
+        before = path.read_bytes()
+        disk.fill(100_000)
+        message = r"last\.ckpt' cannot be written \((No space|File too).*; free space"
+        with pytest.raises(ExportError, match=message) as caught:
+            write(path, more=torch.zeros(100_000))
+        assert "\n" not in str(caught.value)
+        assert path.read_bytes() == before
+        assert {file.name for file in disk.folder.iterdir()} <= {"last.ckpt", "filler"}
 
 
 def test_a_checkpoint_that_is_half_written_replaces_none(tmp_path: Path) -> None:

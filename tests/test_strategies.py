@@ -135,6 +135,11 @@ def test_every_part_of_a_checkpoint_is_counted(tmp_path: Path, stage: int, kind:
         content = file.read_bytes()
         file.unlink()
         assert file.name in (damage(path) or "")
+        for length in (len(content) - 1, len(content) // 2, 0):
+            file.write_bytes(content[:length])
+            assert file.name in (damage(path) or "")
+            with pytest.raises(ExportError, match=rf"last\.ckpt' cannot be resumed from: .*{file.name}"):
+                require_shards(path, processes=3, stage=stage)
         file.write_bytes(content)
     (path / "latest").unlink()
     assert damage(path) == "a folder without DeepSpeed's file 'latest'"
@@ -163,6 +168,10 @@ def test_last_is_refused_before_anything_is_computed(tmp_path: Path) -> None:
     )
     with pytest.raises(ExportError, match="written by 2 processes, and this run has 1"):
         resolve_checkpoint(trainer, "last")
+    file = tmp_path / "checkpoints" / "plain.ckpt"
+    torch.save({"state_dict": {}, "optimizer_states": []}, file)
+    with pytest.raises(ExportError, match=r"plain\.ckpt' is a file, and DeepSpeed resumes from its own folders"):
+        resolve_checkpoint(trainer, str(file))
 
 
 def test_stages_1_and_2_are_gathered_without_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

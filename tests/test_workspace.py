@@ -21,6 +21,7 @@ from lowrank_lit.hub import export, load
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.streaming import moved
 from lowrank_lit.surgery import dense_weight, find_targets
+from tests.disks import small_disk
 from tests.tiny import batches, tiny_model
 
 MOMENTS = [("input",), ("input", "gradient"), ("fisher",), ("input", "weight_gradient")]
@@ -108,6 +109,21 @@ def test_a_workspace_that_cannot_be_made_changes_nothing(tmp_path: Path) -> None
     with pytest.raises(LowRankError, match=r"workspace='.*file' cannot be made"):
         compress(model, batches(n=4), keep_ratio=0.6, workspace=tmp_path / "file")
     assert not any("inner" in name for name, _ in model.named_modules())
+
+
+def test_a_full_disk_stops_a_compression_that_spills(tmp_path: Path) -> None:
+    """Nothing is left on the disk, and what was compressed is the model that it was."""
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        disk.fill(10_000)
+        message = r"workspace='.*disk' cannot take .*; free space there, or give"
+        with pytest.raises(LowRankError, match=message) as caught:
+            compress(model, batches(n=4), keep_ratio=0.6, preset="fast", workspace=disk.folder)
+        assert "\n" not in str(caught.value)
+        assert [file.name for file in disk.folder.iterdir()] == ["filler"] * disk.mounted
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_what_was_moved_gets_its_own_memory_back() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -79,12 +80,13 @@ class Text(pl.LightningDataModule):
 
 
 class Losses(pl.Callback):
-    """The loss of every step over all processes, the seconds of every step; kills its process where it is told to."""
+    """The loss and the seconds of every step; has an accident where it is told to, ``fill_at`` -1 is the end."""
 
-    def __init__(self, kill_at: int | None, kill_rank: int, nan_at: int | None) -> None:
+    def __init__(self, kill_at: int | None, kill_rank: int, nan_at: int | None, fill_at: int | None = None) -> None:
         self.kill_at = kill_at
         self.kill_rank = kill_rank
         self.nan_at = nan_at
+        self.fill_at = fill_at
         self.losses: list[float] = []
         self.validation: list[float] = []
         self.seconds: list[float] = []
@@ -95,6 +97,8 @@ class Losses(pl.Callback):
         if trainer.global_step == self.kill_at and trainer.global_rank == self.kill_rank:
             Path(trainer.default_root_dir, "killed").write_text(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == self.fill_at:
+            fill(trainer)
         if trainer.global_step == self.nan_at and trainer.global_rank == self.kill_rank:
             trained = next(p for p in trainer.lightning_module.parameters() if p.requires_grad)
             trained.register_hook(lambda gradient: gradient * float("nan"))
@@ -106,9 +110,20 @@ class Losses(pl.Callback):
             dist.all_reduce(loss)
         self.losses.append(float(loss) / trainer.world_size)
 
+    def on_fit_end(self, trainer: pl.Trainer, module: Any) -> None:
+        if self.fill_at == -1:  # before the export
+            fill(trainer)
+
     def on_validation_end(self, trainer: pl.Trainer, module: Any) -> None:
         if not trainer.sanity_checking:
             self.validation.append(float(trainer.callback_metrics["val_loss"]))
+
+
+def fill(trainer: pl.Trainer) -> None:
+    """Take all but 200 kB of the disk that the run's folder is on."""
+    if trainer.is_global_zero:
+        root = trainer.default_root_dir
+        Path(root, "filler").write_bytes(bytes(shutil.disk_usage(root).free - 200_000))
 
 
 def recovery(kind: str) -> pl.Callback:
@@ -141,7 +156,7 @@ def fit(
     steps: int = 10,
     validate_every: int | None = None,
     save_every: int | None = None,
-    resume: bool = False,
+    resume: bool | str = False,
     kill_at: int | None = None,
     kill_rank: int = 1,
     export: bool = False,
@@ -149,18 +164,21 @@ def fit(
     optimizer: str = "adamw",
     precision: str = "32-true",
     nan_at: int | None = None,
+    fill_at: int | None = None,
+    compresses: bool = True,
     processes: int | None = None,
 ) -> None:
-    """One fit; ``processes`` are started by Lightning where no launcher has."""
+    """One fit; ``processes`` are started by Lightning where no launcher has. ``{rank}`` in ``model`` is the rank."""
+    model = model.format(rank=os.environ.get("RANK", "0"))
     pl.seed_everything(0, verbose=False)
-    watch = Losses(kill_at, kill_rank, nan_at)
+    watch = Losses(kill_at, kill_rank, nan_at, fill_at)
     tuning: Any = recovery(kind)
     if schedule is not None:
         tuning.schedule = schedule
     compression = LowRankCompression(
         0.5, metric="identity", allocator="uniform", quantum=64, batches=batches(n=2, length=LENGTH)
     )
-    callbacks: list[Any] = [compression, tuning, watch]
+    callbacks: list[Any] = [*([compression] if compresses else []), tuning, watch]
     if export:
         callbacks.append(ExportOnFitEnd())
     if save_every is not None:
@@ -186,7 +204,9 @@ def fit(
         precision=precision,  # type: ignore[arg-type]
     )
     module = LowRankModule(model, learning_rate=RATES[kind], optimizer=optimizer, warmup_steps=2)
-    if resume:
+    if isinstance(resume, str):  # as a program gives it to Trainer.fit, with no check before
+        trainer.ckpt_path = resume
+    elif resume:
         trainer.ckpt_path = str(resolve_checkpoint(trainer, "last"))
     trainer.fit(module, datamodule=Text(steps))
     with torch.no_grad():
