@@ -19,7 +19,7 @@ pytest.importorskip("bitsandbytes")
 from lowrank_lit.cli import main
 from lowrank_lit.hub import load
 from tests.disks import small_disk
-from tests.scripts.zero_fit import LENGTH, RECOVERIES, save_model, start
+from tests.scripts.zero_fit import LENGTH, RECOVERIES, save_mixture, save_model, start
 from tests.tiny import batches, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -308,6 +308,21 @@ def test_a_sequential_schedule_is_one_process(work: Path) -> None:
         assert difference(reference[5:], result(work / f"stopped-{stage}-lora")["losses"]) < TOLERANCE
     quantised = (result(work / f"turns-{stage}-qlora")["losses"] for stage in (0, 2))
     assert difference(*quantised) < TOLERANCE
+
+
+def test_experts_train_in_several_processes(work: Path) -> None:
+    """Processes send tokens to different experts; every one gathers all weights and has a gradient for all."""
+    save_mixture(work / "mixture")
+    settings = {"kind": "lora", "model": str(work / "mixture"), "quantum": 1, "export": True}
+    alone = fits(work, "experts", settings)
+    job = work / "job-experts"
+    assert start(job, alone, 1) == 0, (job / "job.log").read_text()[-4000:]
+    together = fits(work, "experts", *({**settings, "stage": stage} for stage in (2, 3)))
+    assert start(job, together, 2) == 0, (job / "job.log").read_text()[-4000:]
+    expected = result(work / "experts-0-lora")["losses"]
+    for stage in (2, 3):
+        assert difference(expected, result(work / f"experts-{stage}-lora")["losses"]) < TOLERANCE
+        assert (work / f"experts-{stage}-lora" / "model" / "model.safetensors").is_file()
 
 
 def test_a_killed_job_ends_and_goes_on(split: Path) -> None:

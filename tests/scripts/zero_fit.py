@@ -47,6 +47,12 @@ def save_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def save_mixture(folder: Path) -> None:
+    """Experts of which no batch of a few tokens reaches all."""
+    model = tiny_model("qwen3_moe", num_hidden_layers=1, num_experts=12, hidden_size=64, moe_intermediate_size=48)
+    model.save_pretrained(folder)
+
+
 class Rows(Dataset[dict[str, torch.Tensor]]):
     """Rows of tokens; each serves one step's batch once."""
 
@@ -166,6 +172,7 @@ def fit(
     nan_at: int | None = None,
     fill_at: int | None = None,
     compresses: bool = True,
+    quantum: int = 64,
     processes: int | None = None,
 ) -> None:
     """One fit; ``processes`` are started by Lightning where no launcher has. ``{rank}`` in ``model`` is the rank."""
@@ -176,7 +183,7 @@ def fit(
     if schedule is not None:
         tuning.schedule = schedule
     compression = LowRankCompression(
-        0.5, metric="identity", allocator="uniform", quantum=64, batches=batches(n=2, length=LENGTH)
+        0.5, metric="identity", allocator="uniform", quantum=quantum, batches=batches(n=2, length=LENGTH)
     )
     callbacks: list[Any] = [*([compression] if compresses else []), tuning, watch]
     if export:
