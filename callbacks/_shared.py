@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+from torch import nn
 
 from lowrank_lit.errors import DataError
 
@@ -21,6 +22,21 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def find_callback(trainer: pl.Trainer, kind: type[_Kind]) -> _Kind | None:
     """The first callback of a class or a child of it, ``None`` without one."""
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
+
+
+def forget(trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> None:
+    """Have the trainer's optimizers let go of parameters that have left the model, with their gradients and states.
+
+    The trainer keeps its optimizers after the fit, and with them whatever they hold.
+    """
+    gone = {id(parameter): parameter for parameter in parameters}
+    for parameter in gone.values():
+        parameter.grad = None
+    for optimizer in trainer.optimizers if gone else ():
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        for parameter in gone.values():
+            optimizer.state.pop(parameter, None)
 
 
 def calibration_text(trainer: pl.Trainer, user: str, *given: Sequence[Any] | None) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.paging import Workspace, release
@@ -59,6 +59,26 @@ def test_a_mapping_that_was_written_to_stays(tmp_path: Path) -> None:
     value[12345] = 5.0
     assert release([mapped]) == 0
     assert torch.equal(mapped, value)
+
+
+@linux
+def test_weights_that_were_replaced_leave_memory(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from lowrank_lit.plan import MatrixPlan, RankPlan
+    from lowrank_lit.surgery import apply_plan
+
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024), nn.Linear(1024, 1024))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    before = resident_files()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    last = model[2].weight.double().sum()
+    assert sum(float(parameter.sum()) for parameter in model.parameters()) != 0.0  # read all of it
+    assert resident_files() - before > 32
+    matrices = (MatrixPlan("0", 4096, 1024, "factored", 8), MatrixPlan("1", 1024, 4096, "factored", 8))
+    apply_plan(model, RankPlan(matrices, 0.1, "input", "uniform"))
+    assert resident_files() - before < 12  # the last matrix keeps the mapping
+    assert model[2].weight.double().sum() == last
 
 
 def test_ordinary_memory_stays() -> None:
