@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 from torch import nn
 
 from lowrank_lit.errors import DataError
+from lowrank_lit.paging import give_back
 
 _Kind = TypeVar("_Kind", bound=pl.Callback)
 
@@ -24,19 +25,27 @@ def find_callback(trainer: pl.Trainer, kind: type[_Kind]) -> _Kind | None:
     return next((callback for callback in callbacks_of(trainer) if isinstance(callback, kind)), None)
 
 
-def forget(trainer: pl.Trainer, parameters: Iterable[nn.Parameter]) -> None:
+def forget(trainer: pl.Trainer, parameters: list[nn.Parameter]) -> None:
     """Have the trainer's optimizers let go of parameters that have left the model, with their gradients and states.
 
-    The trainer keeps its optimizers after the fit, and with them whatever they hold.
+    The trainer keeps its optimizers after the fit, and with them whatever they hold. The list is emptied, so that the
+    memory can go back to the system at once.
     """
-    gone = {id(parameter): parameter for parameter in parameters}
-    for parameter in gone.values():
-        parameter.grad = None
-    for optimizer in trainer.optimizers if gone else ():
+    gone = set(map(id, parameters))
+    if not gone:
+        return
+    for optimizer in trainer.optimizers:
         for group in optimizer.param_groups:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-        for parameter in gone.values():
-            optimizer.state.pop(parameter, None)
+    while parameters:
+        _drop(trainer, parameters.pop())
+    give_back()
+
+
+def _drop(trainer: pl.Trainer, parameter: nn.Parameter) -> None:
+    parameter.grad = None
+    for optimizer in trainer.optimizers:
+        optimizer.state.pop(parameter, None)
 
 
 def calibration_text(trainer: pl.Trainer, user: str, *given: Sequence[Any] | None) -> list[Any]:

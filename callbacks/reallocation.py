@@ -203,7 +203,8 @@ class RankReallocation(pl.Callback):
             before, whole = _plan_before(trainer), list(self.masked.model.parameters())
             self.plan = plan_of_cut(self.masked.shrink(), self.keep_ratio, before, self.history)
             left = set(map(id, self.masked.model.parameters()))
-            forget(trainer, (parameter for parameter in whole if id(parameter) not in left))
+            whole = [parameter for parameter in whole if id(parameter) not in left]
+            forget(trainer, whole)
             _publish(trainer, pl_module, self, self.plan)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -236,7 +236,6 @@ class RankPreservingLoRA(pl.Callback):
         adapters."""
         self._merge(trainer, pl_module)
         forget(trainer, self._merged)
-        self._merged = []
 
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.adapters is None or self.adapters.merged is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.paging import Workspace, release
+from lowrank_lit.memory import resident
+from lowrank_lit.paging import Workspace, give_back, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
 
@@ -79,6 +81,26 @@ def test_weights_that_were_replaced_leave_memory(tmp_path: Path) -> None:
     apply_plan(model, RankPlan(matrices, 0.1, "input", "uniform"))
     assert resident_files() - before < 12  # the last matrix keeps the mapping
     assert model[2].weight.double().sum() == last
+
+
+@linux
+def test_memory_of_small_tensors_goes_back() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("it is glibc that keeps what was freed")
+    small = [torch.ones(2048) for _ in range(8192)]
+    fence = [torch.ones(2048) for _ in range(2)]  # the heap does not shrink below what is in use
+    del small
+    give_back()
+    before = resident()
+    assert before is not None
+    small = [torch.ones(2048) for _ in range(8192)]
+    last = small.pop()
+    del small
+    give_back()
+    after = resident()
+    assert after is not None
+    assert after.now - before.now < 8 * 2**20  # of 64 MiB
+    assert float(last.sum() + fence[0].sum()) == 4096
 
 
 def test_ordinary_memory_stays() -> None:
