@@ -23,7 +23,7 @@ from lowrank_lit._footprints import (
     with_experts,
 )
 from lowrank_lit._tables import gibibytes
-from lowrank_lit.callbacks._shared import find_callback
+from lowrank_lit.callbacks._shared import callbacks_of, find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.reallocation import RankReallocation
 from lowrank_lit.callbacks.recovery import FactorTuning, RankPreservingLoRA
@@ -167,6 +167,7 @@ def run_shape(
         training_batches=known,
         training_steps=_steps(trainer),
         checkpoints=_checkpoints(trainer),
+        reported=any(getattr(callback, "evaluates_recovered", False) for callback in callbacks_of(trainer)),
         epochs=1 if refinement is None else int(refinement.settings["epochs"]),
     )
     if settings is None:

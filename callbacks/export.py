@@ -26,8 +26,9 @@ class ExportOnFitEnd(pl.Callback):
     """Write the model as a Hugging Face folder, which ``from_pretrained`` loads after ``import lowrank_lit``.
 
     The weights in memory are rounded to the type that they are stored in, so that what is measured after the fit is
-    what the folder holds. An earlier export of the same run (same dense weights, calibration text and settings) is
-    replaced; a folder with anything else in it is refused before the run begins.
+    what the folder holds; gradients of the last step are dropped. An earlier export of the same run (same dense
+    weights, calibration text and settings) is replaced; a folder with anything else in it is refused before the run
+    begins.
 
     Args:
         dirpath: Folder to write; by default ``model`` in the trainer's root folder.
@@ -81,6 +82,7 @@ class ExportOnFitEnd(pl.Callback):
         """Round the weights to the stored type and write the folder."""
         model: Any = model_of(pl_module)
         _refuse_adapters(model)
+        pl_module.zero_grad()  # as much memory as what has trained, and the next fit would begin with this
         stored = self._stored_dtype(pl_module)
         if stored is not None:
             round_weights(model, stored)
@@ -114,7 +116,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     with torch.no_grad():
         for name, weight in model.state_dict().items():
-            if weight.is_floating_point():
+            if weight.is_floating_point() and weight.dtype != dtype:  # one mapped from a file is not written to
                 rounded = weight.to(dtype).to(weight.dtype)
                 if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(weight).any()):
                     raise ExportError(f"'{name}' has values beyond {dtype}; choose a wider ExportOnFitEnd.dtype")

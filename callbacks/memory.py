@@ -33,8 +33,8 @@ class MemoryReport(pl.Callback):
 
     The estimate follows from shapes, see :mod:`lowrank_lit.estimate`; what the figures of use are: see
     :mod:`lowrank_lit.memory`. Stages are ``compress`` (calibration, feedback and factoring: the largest), ``refine``,
-    ``reallocate``, ``recover`` (the training), ``evaluate`` and ``export``. With several processes the figures are of
-    the first.
+    ``reallocate``, ``recover`` (the training and its checkpoints), ``evaluate`` and ``export``. With several processes
+    the figures are of the first.
 
     ``lightning run`` adds this callback to every recipe. In a list of callbacks it stands first, so that it sees the
     memory before the others do anything. Of a module that is no language model of transformers, or is compressed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lowrank_lit.allocation import budget_of, check_keep_ratio
 from lowrank_lit.batches import as_batches
 from lowrank_lit.cache import load_compression, save_compression
-from lowrank_lit.callbacks._shared import calibration_text, callbacks_of, find_callback
+from lowrank_lit.callbacks._shared import calibration_text, callbacks_of, find_callback, forget
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.export import ExportOnFitEnd, refuse_sharded
 from lowrank_lit.callbacks.recovery import FactorTuning, RankPreservingLoRA
@@ -201,8 +201,11 @@ class RankReallocation(pl.Callback):
             if isinstance(callback, (RankPreservingLoRA, FactorTuning, Refinement)):
                 callback.on_fit_end(trainer, pl_module)  # merges what is left, and thaws; a second time does nothing
         if self.masked is not None and self.masked.layers:
-            before = _plan_before(trainer)
+            before, whole = _plan_before(trainer), list(self.masked.model.parameters())
             self.plan = plan_of_cut(self.masked.shrink(), self.keep_ratio, before, self.history)
+            left = set(map(id, self.masked.model.parameters()))
+            whole = [parameter for parameter in whole if id(parameter) not in left]
+            forget(trainer, whole)
             _publish(trainer, pl_module, self, self.plan)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit.adapter_config import FACTORS, config_of, find_pairs, is_quantised, spec_of
 from lowrank_lit.adapter_starts import adapter_starts, starts_from_data
-from lowrank_lit.callbacks._shared import calibration_text, find_callback
+from lowrank_lit.callbacks._shared import calibration_text, find_callback, forget
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.export import refuse_sharded
 from lowrank_lit.errors import ExportError, LowRankError, ModelError
@@ -124,6 +124,7 @@ class RankPreservingLoRA(pl.Callback):
         self.quantization: dict[str, Any] | None = None
         self._guard: RemovableHandle | None = None
         self._turns: Turns | None = None
+        self._merged: list[nn.Parameter] = []
 
     @property
     def needs_statistics(self) -> bool:
@@ -237,12 +238,15 @@ class RankPreservingLoRA(pl.Callback):
             self._merge(trainer, pl_module)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge after ZeRO stage 3, and after a fit without a step, which has no end of training."""
+        """Merge after ZeRO stage 3, and after a fit without a step, which has no end of training, and let go of the
+        adapters."""
         self._merge(trainer, pl_module)
+        forget(trainer, self._merged)
 
     def _merge(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.adapters is None or self.adapters.merged is not None:
             return
+        self._merged = [parameter for factor in ("inner", "outer") for parameter in self.adapters.parameters(factor)]
         folder = Path(trainer.default_root_dir) / "unmerge" if self.unmerge and trainer.is_global_zero else None
         try:
             self.record = self.adapters.merge(unmerge_record=folder, root=_root(pl_module))

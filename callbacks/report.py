@@ -45,6 +45,9 @@ class RankReport(pl.Callback):
         ModelError: At setup, if the strategy splits the weights over processes.
     """
 
+    evaluates_recovered = True
+    """For the estimate of memory: the model is evaluated once more after the fit."""
+
     def __init__(self, dirpath: str | None = None) -> None:
         super().__init__()
         self.dirpath = dirpath

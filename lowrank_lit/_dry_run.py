@@ -251,7 +251,7 @@ def _by_gpus(size: ModelSize, run: RunShape, counts: Sequence[int]) -> list[str]
     for place, heading in headings.items():
         rows = [["stage", "way", *(_named(count) for count in counts)]]
         for (stage, way), each in ordered:
-            several = place == "host" and stage != "export"  # which one process does
+            several = place == "host" and stage not in ("checkpoint", "export")  # which one process does
             together = [min(count, _PER_MACHINE) if several else 1 for count in counts]
             cells = [gibibytes(sums[place] * times) for sums, times in zip(each, together, strict=True)]
             if any(sums[place] for sums in each):
@@ -278,7 +278,9 @@ def _ways(size: ModelSize, run: RunShape, gpus: int) -> dict[tuple[str, str], li
     found: dict[tuple[str, str], list[Item]] = {}
     for item in whole:
         if item.stage != "recover":
-            found.setdefault((item.stage, "in memory" if item.stage in COMPRESSED_STAGES else ""), []).append(item)
+            way = "in memory" if item.stage in COMPRESSED_STAGES else ""
+            # DeepSpeed's processes write their pieces each, tensor by tensor.
+            found.setdefault((item.stage, "ZeRO 0" if item.stage == "checkpoint" else way), []).append(item)
     for item in streamed(size, run, gpus):
         found.setdefault((item.stage, "streamed"), []).append(item)
     training = [item for item in whole if item.stage == "recover"]

@@ -127,6 +127,7 @@ class RunShape:
         training_steps: Batches that each process trains on; 0 where it is not known.
         checkpoints: Checkpoints of the training that are kept.
         epochs: Passes of the refinement over the calibration text.
+        reported: Whether the model is evaluated after the fit.
     """
 
     keep_ratio: float
@@ -148,6 +149,7 @@ class RunShape:
     training_steps: int = 0
     checkpoints: int = 1
     epochs: int = 1
+    reported: bool = False
 
     @property
     def backward(self) -> bool:

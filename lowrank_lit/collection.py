@@ -465,7 +465,7 @@ def require_finite_weights(model: nn.Module) -> None:
 
 
 def _without_gradients(statistics: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
-    kept = ("tokens", "input_energy", "input_moment", "output_moment", "input_magnitude")
+    kept = ("tokens", "input_energy", "input_moment", "output_moment", "input_magnitude", "frequency")
     return {name: LayerStatistics(**{key: getattr(entry, key) for key in kept}) for name, entry in statistics.items()}
 
 

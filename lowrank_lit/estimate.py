@@ -40,10 +40,27 @@ from lowrank_lit.refit import HELD_OUT
 
 Place = Literal["device", "host", "disk"]
 PLACES: tuple[Place, ...] = ("device", "host", "disk")
-STAGES = ("calibrate", "feedback", "factor", "reallocate", "refine", "recover", "evaluate", "export")
+STAGES = (
+    "calibrate",
+    "feedback",
+    "factor",
+    "reallocate",
+    "mask",
+    "refine",
+    "recover",
+    "checkpoint",
+    "evaluate",
+    "report",
+    "export",
+)
 COMPRESSED_STAGES = STAGES[:3]
 COMPRESSION = "compress"
-"""What these three are measured as, together."""
+_MEASURED_AS = dict.fromkeys(COMPRESSED_STAGES, COMPRESSION) | {
+    "mask": "reallocate",
+    "checkpoint": "recover",
+    "report": "evaluate",
+}
+"""Stages that follow one another and are measured as one: its peak is that of the largest."""
 _STATISTICS = "statistics of all target matrices, float64"
 _DENSE = "weights of the dense model"
 _TRAINED = {"factors": "factors that train", "all": "the whole model"}
@@ -84,27 +101,58 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
     """
     dense = size.parameters * run.weight_bytes
     final = kept_parameters(size, run.final_ratio)
-    export = final * (run.weight_bytes + run.storage_bytes)
+    cast = final * run.storage_bytes if run.storage_bytes != run.weight_bytes else 0
+    largest = size.vocabulary * size.hidden * (run.weight_bytes + 2)
     teacher = dense if run.recovery and run.recovery.teacher else 0  # stays to the end
     return [
         *(_compression(size, run) if run.compressed else []),
         *(_reallocation(size, run) if run.reallocated is not None else []),
         *(_refinement(size, run) if run.refined else []),
         *(_recovery(size, run, run.recovery) if run.recovery else []),
-        *_stage(
-            "evaluate",
-            ("device", f"{_DENSE} (the compressed one needs less)", dense),
-            ("device", "weights of the teacher, after the training", teacher),
-            ("device", "logits of one batch", logit_bytes(size, run, backward=False)),
-            ("device", "logits and losses of one block, float32", run.block_size * size.vocabulary * 8),
-        ),
+        *_evaluation("evaluate", size, run, ("device", f"{_DENSE} (the compressed one needs less)", dense)),
+        *_report(size, run, final * run.weight_bytes, teacher),
         *_stage(
             "export",
-            ("host", "weights of the compressed model, and their copy in the storage type", export),
+            ("host", "weights of the compressed model", final * run.weight_bytes),
+            ("host", "their copy in the storage type", cast),
+            ("host", "the largest weight, while it is checked", largest),
+            *_kept_state(size, run),
             ("device", "weights of the teacher", teacher),
             ("disk", "compressed model", final * run.storage_bytes),
         ),
     ]
+
+
+def _evaluation(stage: str, size: ModelSize, run: RunShape, *rows: _Row) -> list[Item]:
+    return _stage(
+        stage,
+        *rows,
+        ("device", "logits of one batch", logit_bytes(size, run, backward=False)),
+        ("device", "logits and losses of one block, float32", run.block_size * size.vocabulary * 8),
+    )
+
+
+def _report(size: ModelSize, run: RunShape, weights: int, teacher: int) -> list[Item]:
+    """The evaluation after the fit, where there is one."""
+    if not (run.reported and run.recovery):
+        return []
+    rows: list[_Row] = [
+        ("device", "weights of the compressed model", weights),
+        ("device", "weights of the teacher", teacher),
+        *_kept_state(size, run),
+    ]
+    return _evaluation("report", size, run, *rows)
+
+
+def _kept_state(size: ModelSize, run: RunShape) -> list[_Row]:
+    """What the trainer keeps after the training, so that it can still write a checkpoint: the optimizer, on the host.
+
+    Adapters that were merged, and factors that were cut, are gone from it.
+    """
+    if run.recovery is None or run.recovery.trained == "adapters" or run.reallocated is not None:
+        return []
+    state = optimizer_bytes(run.recovery.optimizer, *trained_parameters(size, run))
+    return [("host", f"state of {run.recovery.optimizer}, kept by the trainer", state, "state")]
 
 
 def on_host(items: Iterable[Item]) -> list[Item]:
@@ -262,16 +310,19 @@ def _feedback(size: ModelSize, run: RunShape) -> list[Item]:
 
 
 def _reallocation(size: ModelSize, run: RunShape) -> list[Item]:
-    """Whole factors of every target are made from statistics of both sides, and take the places of the matrices when
-    all of them are there."""
+    """Whole factors of every target are made from statistics of both sides, when the backward pass is over, and take
+    the places of the matrices when all of them are there."""
     both = replace(run, moments=frozenset({"input", "gradient"}))
     factors = sum(factor_parameters(size, run).values()) * run.weight_bytes
     return [
         *_calibration(size, both, "reallocate"),
+        *_stage("reallocate", ("disk", "factors, kept for a later run", factors)),
         *_stage(
-            "reallocate",
+            "mask",
+            ("host", _DENSE, size.parameters * run.weight_bytes),
+            ("host", _STATISTICS, statistics_bytes(size, both.moments)),
             ("host", "factors, until they replace the matrices", factors),
-            ("disk", "factors, kept for a later run", factors),
+            ("device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
         ),
     ]
 
@@ -307,29 +358,28 @@ def _recovery(size: ModelSize, run: RunShape, recovery: Recovery) -> list[Item]:
     paged = recovery.optimizer.startswith("paged")
     quantized = f", {' and '.join(recovery.quantized)} factors in NF4" if recovery.quantized else ""
     checkpointing = ", computed again block by block" if recovery.checkpointing else ""
-    return _stage(
-        "recover",
-        (
-            "device",
-            f"weights of the compressed model{quantized}" if run.compressed else "weights of the model",
-            weights,
-            "weights",
-        ),
-        ("device", "one factor, dequantised", dequantized_bytes(size, run)),
+    model = f"weights of the compressed model{quantized}" if run.compressed else "weights of the model"
+    moved = ", in pages that the driver moves" if paged else ""
+    kept: list[_Row] = [
+        ("device", model, weights, "weights"),
         ("device", f"{name}: weights", extra, "weights"),
         ("device", f"{name}: gradients", trained * width, "gradients"),
-        (
-            "host" if paged else "device",
-            f"{name}: state of {recovery.optimizer}{', in pages that the driver moves' if paged else ''}",
-            state,
-            "state",
-        ),
-        ("device", f"activations for the backward pass{checkpointing}", activation_bytes(size, run)),
-        ("device", _logits(recovery), loss_bytes(size, run)),
+        ("host" if paged else "device", f"{name}: state of {recovery.optimizer}{moved}", state, "state"),
         *_teacher(size, run, recovery),
         ("host", f"{name}: best state so far", trained * width if recovery.keeps_best else 0),
+    ]
+    training = _stage(
+        "recover",
+        *kept,
+        ("device", "one factor, dequantised", dequantized_bytes(size, run)),
+        ("device", f"activations for the backward pass{checkpointing}", activation_bytes(size, run)),
+        ("device", _logits(recovery), loss_bytes(size, run)),
         ("disk", f"{_checkpoints(run)}: weights and optimizer", run.checkpoints * (weights + extra + state)),
     )
+    if not run.checkpoints:
+        return training
+    written: _Row = ("host", "the checkpoint, whole in memory while it is written", weights + extra + state)
+    return training + _stage("checkpoint", *(row for row in kept if row[0] != "disk"), written)
 
 
 def _checkpoints(run: RunShape) -> str:
@@ -372,10 +422,12 @@ def totals(items: Iterable[Item]) -> dict[tuple[str, Place], int]:
 
 
 def measured_peaks(items: Iterable[Item]) -> dict[tuple[str, Place], int]:
-    """As :func:`totals`, with the largest of calibration, feedback and factoring as ``compress``."""
+    """As :func:`totals`, with the largest of calibration, feedback and factoring as ``compress``, that of the training
+    and a checkpoint as ``recover``, of the two phases of a re-allocation as ``reallocate``, and of the evaluations as
+    ``evaluate``."""
     result: dict[tuple[str, Place], int] = {}
     for (stage, place), count in totals(items).items():
-        key = (COMPRESSION if stage in COMPRESSED_STAGES else stage, place)
+        key = (_MEASURED_AS.get(stage, stage), place)
         result[key] = max(result.get(key, 0), count)
     return result
 

@@ -26,7 +26,7 @@ from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.reallocation import LatentSums
 from lowrank_lit.spectrum import compute_spectrum
 from lowrank_lit.streaming import Batch, moved
-from lowrank_lit.surgery import Target, apply_plan, bias_of, dense_weight, replace_module
+from lowrank_lit.surgery import Target, apply_plan, bias_of, dense_weight, replace_module, replace_modules
 
 
 class MaskedLinear(FactoredLinear):
@@ -112,8 +112,7 @@ def factor_fully(
             shift = None if bias is None else bias.detach()
             new[name] = FactoredLinear.from_factors(outer, inner, shift, dtype=weight.dtype, device=home)
         new[name].requires_grad_(trains)
-    for name, layer in new.items():
-        replace_module(model, _target(model, name), layer)
+    replace_modules(model, [(_target(model, name), layer) for name, layer in new.items()])
 
 
 def _require_factorable(name: str, layer: nn.Module) -> None:

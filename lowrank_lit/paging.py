@@ -107,6 +107,12 @@ def release(tensors: Iterable[Tensor]) -> int:
     return dropped
 
 
+def give_back() -> None:
+    """Return to the system what the C library keeps of small tensors that were freed; nothing where it is not glibc."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(ctypes.c_size_t(0))
+
+
 def _span(tensor: Tensor) -> tuple[int, int]:
     """The whole pages inside a tensor's memory, as addresses; pages at its ends may hold a neighbour's numbers."""
     if not tensor.is_contiguous():

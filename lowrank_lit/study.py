@@ -33,7 +33,7 @@ from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.selection import Judge
 from lowrank_lit.settings import Settings
 from lowrank_lit.spectrum import Spectrum
-from lowrank_lit.surgery import bias_of, dense_weight, replace_module
+from lowrank_lit.surgery import bias_of, dense_weight, replace_modules
 
 PATHS = (2 / 3, 1.0)
 """Where on the straight line from the dense to the compressed weights later rounds take their statistics, in turn.
@@ -213,8 +213,7 @@ class Study:
             with distributed.together("factoring"):
                 if made is None:
                     layers[entry.name] = self._received(entry, state)
-        for name, layer in layers.items():
-            replace_module(self.model, self.targets[name], layer)
+        replace_modules(self.model, [(self.targets[name], layer) for name, layer in layers.items()])
         draft.seconds["factor"] = time.perf_counter() - started
 
     def profiles(

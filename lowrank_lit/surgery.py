@@ -8,7 +8,7 @@ gives (out, in) for both.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank_lit.errors import ModelError, NonFiniteError
 from lowrank_lit.experts import HOOKS, ExpertsApart, routers_of
 from lowrank_lit.layers import LAYER_OF_FORM, FactoredLayer
+from lowrank_lit.paging import release
 from lowrank_lit.plan import RankPlan
 
 _HEADS = frozenset({"score", "classifier"})
@@ -139,6 +140,17 @@ def replace_module(model: nn.Module, target: Target, new: nn.Module) -> None:
         setattr(model.get_submodule(parent), child, new)
 
 
+def replace_modules(model: nn.Module, pairs: Iterable[tuple[Target, nn.Module]]) -> None:
+    """:func:`replace_module` for each pair; of weights that are mapped from a file, those replaced leave memory.
+
+    A mapping lasts as long as its last tensor: an embedding that stays would keep the pages of the whole file.
+    """
+    chosen = list(pairs)
+    release(parameter for target, _ in chosen for parameter in target.module.parameters())
+    for target, new in chosen:
+        replace_module(model, target, new)
+
+
 def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     """Give the model the plan's layout, to load factored weights into it.
 
@@ -153,6 +165,7 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     with ExpertsApart(model, every) as apart:
         plan.check(model)
         names = _names_by_module(model)
+        replaced: list[tuple[Target, nn.Module]] = []
         for matrix in plan.matrices:
             module = model.get_submodule(matrix.name)
             if matrix.form == "dense" or isinstance(module, FactoredLayer):
@@ -166,7 +179,8 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> None:
                 device=weight.device,
                 dtype=weight.dtype,
             )
-            replace_module(model, Target(own[0], module, own[1:]), new)
+            replaced.append((Target(own[0], module, own[1:]), new))
+        replace_modules(model, replaced)
         apart.keep(every)
 
 

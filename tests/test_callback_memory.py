@@ -146,7 +146,9 @@ def test_recovery_is_read_from_the_callbacks(folder: Path, text: TextDataModule,
     assert any("block by block" in what for what in refined["recover"])
     assert "refine" not in stages_of(make_trainer(tmp_path, compression(), Refinement(block_epochs=0)), teacher, text)
     progressive = stages_of(make_trainer(tmp_path, RankReallocation(0.4), FactorTuning()), plain, text)
-    assert list(progressive) == ["reallocate", "recover", "evaluate", "export"]
+    assert list(progressive) == ["reallocate", "mask", "recover", "evaluate", "export"]
+    reported = stages_of(make_trainer(tmp_path, compression(), FactorTuning(), RankReport()), plain, text)
+    assert reported.keys() - whole.keys() == {"report"}
     assert progressive["recover"][gradients] > whole["recover"][gradients]
 
 

@@ -123,7 +123,12 @@ class Watch(pl.Callback):
 
 def test_fit_ends_with_the_plain_smaller_model(tmp_path: Path) -> None:
     module, callback, watch = Training(), reallocation(), Watch()
-    trainer(tmp_path, callback, watch).fit(module)
+    fitted = trainer(tmp_path, callback, watch)
+    fitted.fit(module)
+    held = [parameter for group in fitted.optimizers[0].param_groups for parameter in group["params"]]
+    own = set(map(id, module.parameters()))
+    assert held, "embeddings and norms train too, and stay"
+    assert {*map(id, held), *map(id, fitted.optimizers[0].state)} <= own, "the optimizer has let go of what was cut"
     assert all(shapes == module.shapes[0] for shapes in module.shapes), "shapes changed during the fit"
     assert [entry["step"] for entry in callback.history] == [2, 4, 6, 8]
     stored = [entry["stored"] for entry in callback.history]

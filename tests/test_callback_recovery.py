@@ -165,7 +165,10 @@ def test_a_fit_trains_adapters_and_ends_with_the_plain_factored_model(trainer_se
     assert recovery.record.pairs == _PROJECTIONS
     assert recovery.record.factor_parameters_before == recovery.record.factor_parameters_after
     assert recovery.record.largest_output_difference < 1e-5  # 1e-6
+    assert not trainer.optimizers[0].state, "the optimizer has let go of the adapters"
+    assert not any(group["params"] for group in trainer.optimizers[0].param_groups)
     trainer.validate(module, verbose=False)  # the trainer goes on working with the merged module
+    trainer.save_checkpoint(trainer_settings["default_root_dir"] / "after.ckpt")
 
 
 def test_a_second_fit_recovers_further(trainer_settings: dict[str, Any]) -> None:

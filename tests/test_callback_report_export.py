@@ -402,3 +402,6 @@ def test_rounding_keeps_types_ties_and_what_is_not_stored() -> None:
     assert tied
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)  # type: ignore[union-attr, arg-type]
+    versions = [weight._version for weight in model.state_dict().values()]
+    round_weights(model, torch.float32)
+    assert [weight._version for weight in model.state_dict().values()] == versions, "its own type: nothing is written"

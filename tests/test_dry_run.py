@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def report(recipe: str, config: Path | str | None = None, *changes: tuple[str, s
     return dry_run_report(build(path, read_settings(path, overrides)), config and str(config), **options)
 
 
+def squeezed(text: str) -> str:
+    """Without what aligns the columns of tables."""
+    return re.sub(" +", " ", text)
+
+
 def test_every_configuration_is_known_by_a_name() -> None:
     assert sorted(_dry_run._CARRIED_CONFIGS.values()) == [f"{name}.json" for name in CARRIED]
     for name, file in _dry_run._CARRIED_CONFIGS.items():
@@ -69,12 +75,13 @@ def test_carried_configurations_have_their_published_size(name: str, parameters:
 def test_a_device_can_be_asked_for_where_there_is_none(small: Path) -> None:
     host = report("llama7b_40pct_lora", small)
     assert "The device is cpu, which is the host." in host
-    assert "calibrate  device" not in host
+    assert "calibrate host" in squeezed(host)
+    assert "calibrate device" not in squeezed(host)
     assert "Memory of each GPU" not in host
     for options in ({"accelerator": "cuda"}, {"accelerator": "gpu"}, {"gpus": "1,4"}):
         device = report("llama7b_40pct_lora", small, **options)
         assert "The device is cuda." in device
-        assert "calibrate  device  weights of one block" in device
+        assert "calibrate device weights of one block" in squeezed(device)
         assert "Memory of each GPU" in device
     assert "4 GPUs" in device
     assert "64 GPUs" not in device
@@ -94,8 +101,9 @@ def test_a_recipe_for_many_gpus_is_counted_anywhere(small: Path) -> None:
 def test_ways_and_stages_are_told_apart(small: Path) -> None:
     out = report("llama7b_40pct_lora", small, gpus="1,8")
     memory = out[out.index("Memory of each GPU") :]
-    for way in ("calibrate  in memory", "calibrate  streamed", "recover    ZeRO 0", "recover    ZeRO 3"):
-        assert way in memory
+    for way in ("calibrate in memory", "calibrate streamed", "recover ZeRO 0", "recover ZeRO 3", "checkpoint ZeRO 0"):
+        assert way in squeezed(memory)
+    assert "checkpoint ZeRO 2" not in squeezed(memory), "its processes write their pieces each"
     assert "at most (the budget)" in out
     assert "the peak is the largest of them, device " in out
     assert "2 checkpoints that are kept" in out, "the newest and the last"

@@ -329,7 +329,7 @@ def test_masked_layers_are_the_whole_factors() -> None:
     assert size.target_parameters < sum(factor_parameters(size, run).values()) <= 2 * size.target_parameters
     sums = totals(estimate(size, run))
     assert ("calibrate", "device") not in sums
-    assert sums["reallocate", "host"] > 4 * sum(factor_parameters(size, run).values())
+    assert sums["mask", "host"] > 4 * (sum(factor_parameters(size, run).values()) + size.parameters)
     assert sums["export", "disk"] == 4 * kept_parameters(size, 0.5)
 
 
@@ -536,3 +536,29 @@ def test_stages_follow_one_another_and_files_stay() -> None:
     one, three, none = (totals(estimate(size, shape(checkpoints=count))) for count in (1, 3, 0))
     assert three["recover", "disk"] == 3 * one["recover", "disk"]
     assert ("recover", "disk") not in none
+    assert one["checkpoint", "host"] == three["checkpoint", "host"] == one["recover", "disk"]
+    assert not any(stage == "checkpoint" for stage, _ in none)
+
+
+def test_what_is_measured_as_one_stage_counts_its_largest_part() -> None:
+    size = meta_size(CONFIG)
+    run = shape(keep_ratio=1.0, compressed=False, reallocated=0.5, recovery=Recovery("factors"), reported=True)
+    one, together = totals(on_host(estimate(size, run))), measured_peaks(on_host(estimate(size, run)))
+    for whole, part in (("reallocate", "mask"), ("recover", "checkpoint"), ("evaluate", "report")):
+        assert together[whole, "host"] == max(one[whole, "host"], one[part, "host"])
+        assert (part, "host") not in together
+
+
+@pytest.mark.parametrize("reallocated", [None, 0.5])
+@pytest.mark.parametrize("trained", ["adapters", "factors"])
+def test_the_optimizer_of_what_stays_in_the_model_is_there_at_the_export(
+    trained: Trained, reallocated: float | None
+) -> None:
+    size = meta_size(CONFIG)
+    run = shape(recovery=Recovery(trained), reallocated=reallocated, weight_bytes=2, storage_bytes=2)
+    kept = kept_parameters(size, run.final_ratio) * 2 + size.vocabulary * size.hidden * (2 + 2)
+    state = 2 * 2 * sum(factor_parameters(size, run).values())
+    expected = kept + (state if trained == "factors" and reallocated is None else 0)
+    assert totals(estimate(size, run))["export", "host"] == expected
+    wider = totals(estimate(size, replace(run, storage_bytes=4)))["export", "host"]
+    assert wider == expected + 4 * kept_parameters(size, run.final_ratio), "a copy, where the type is another"

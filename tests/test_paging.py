@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.paging import Workspace, release
+from lowrank_lit.memory import resident
+from lowrank_lit.paging import Workspace, give_back, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
 
@@ -59,6 +61,46 @@ def test_a_mapping_that_was_written_to_stays(tmp_path: Path) -> None:
     value[12345] = 5.0
     assert release([mapped]) == 0
     assert torch.equal(mapped, value)
+
+
+@linux
+def test_weights_that_were_replaced_leave_memory(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from lowrank_lit.plan import MatrixPlan, RankPlan
+    from lowrank_lit.surgery import apply_plan
+
+    model = nn.Sequential(nn.Linear(1024, 4096), nn.Linear(4096, 1024), nn.Linear(1024, 1024))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    before = resident_files()
+    model.load_state_dict(load_file(tmp_path / "model.safetensors"), assign=True)
+    last = model[2].weight.double().sum()
+    assert sum(float(parameter.sum()) for parameter in model.parameters()) != 0.0  # read all of it
+    assert resident_files() - before > 32
+    matrices = (MatrixPlan("0", 4096, 1024, "factored", 8), MatrixPlan("1", 1024, 4096, "factored", 8))
+    apply_plan(model, RankPlan(matrices, 0.1, "input", "uniform"))
+    assert resident_files() - before < 12  # the last matrix keeps the mapping
+    assert model[2].weight.double().sum() == last
+
+
+@linux
+def test_memory_of_small_tensors_goes_back() -> None:
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("it is glibc that keeps what was freed")
+    small = [torch.ones(2048) for _ in range(8192)]
+    fence = [torch.ones(2048) for _ in range(2)]  # the heap does not shrink below what is in use
+    del small
+    give_back()
+    before = resident()
+    assert before is not None
+    small = [torch.ones(2048) for _ in range(8192)]
+    last = small.pop()
+    del small
+    give_back()
+    after = resident()
+    assert after is not None
+    assert after.now - before.now < 8 * 2**20  # of 64 MiB
+    assert float(last.sum() + fence[0].sum()) == 4096
 
 
 def test_ordinary_memory_stays() -> None:
