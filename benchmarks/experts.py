@@ -11,16 +11,14 @@ rule that it leaves out:
 
 - `rules`: as the package does it;
 - `own statistics`: every expert's moments as they are, nothing pooled (experts that no token reached: the pool);
-- `pool between`: the space between an expert's two matrices is not shrunk to its mean variance either;
+- `pool x N`: the pool counts like ``N d`` tokens, where the rules have ``d / 16``;
 - `no frequency`: an expert counts like a matrix that all tokens go through;
-- `mean frequency`: relative to the mean expert's;
-- `dense experts`: attention alone is factored, to the same number of parameters, where that can be.
+- `mean frequency`: relative to the mean expert's.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,22 +27,21 @@ from typing import Any
 
 import torch
 from _common import EXTRACTS, Results
-from torch import Tensor
 
 from lowrank_lit import collector, compress, pooling
 from lowrank_lit.data import TextDataModule
-from lowrank_lit.errors import LowRankError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.statistics import LayerStatistics
 
-VARIANTS = ("rules", "own statistics", "pool between", "no frequency", "mean frequency", "dense experts")
+POOLS = {"pool x 1": 1.0, "pool x 1/4": 1 / 4, "pool x 1/64": 1 / 64}
+VARIANTS = ("rules", "own statistics", *POOLS, "no frequency", "mean frequency")
 PRESETS = ("unirank", "fast")
 
 
 @contextmanager
 def variant(name: str) -> Iterator[None]:
     """The package with one rule changed."""
-    weight, pool, isotropic = pooling.pooled_weight, collector.pool_experts, pooling._isotropic
+    weight, pool = pooling.pooled_weight, collector.pool_experts
 
     def frequencies(change: Callable[[float, float], float | None]) -> Any:
         def pooled(own: dict[str, LayerStatistics], *args: Any, **settings: Any) -> dict[str, LayerStatistics]:
@@ -58,21 +55,14 @@ def variant(name: str) -> Iterator[None]:
     def nothing(size: int, tokens: int) -> float:
         return 0.0 if tokens else 1.0
 
-    def own_between(moment: Tensor) -> Tensor:
-        return moment * math.nan  # marks what is not to be blended
-
-    blend = pooling._blend
-
-    def keeping(own: Tensor | None, target: Tensor, share: float) -> Tensor:
-        if own is not None and bool(target.isnan().any()):
-            return own
-        return blend(own, torch.eye(len(target), dtype=target.dtype) if bool(target.isnan().any()) else target, share)
+    def like(size: int, tokens: int) -> float:
+        return POOLS[name] * size / (POOLS[name] * size + tokens)
 
     try:
         if name == "own statistics":
             pooling.pooled_weight = nothing
-        elif name == "pool between":
-            pooling._isotropic, pooling._blend = own_between, keeping
+        elif name in POOLS:
+            pooling.pooled_weight = like
         elif name == "no frequency":
             collector.pool_experts = frequencies(lambda own, mean: 1.0)
         elif name == "mean frequency":
@@ -80,7 +70,6 @@ def variant(name: str) -> Iterator[None]:
         yield
     finally:
         pooling.pooled_weight, collector.pool_experts = weight, pool
-        pooling._isotropic, pooling._blend = isotropic, blend
 
 
 def measure(options: argparse.Namespace, preset: str, name: str, keep: float, tokens: int) -> dict[str, Any]:
@@ -88,33 +77,19 @@ def measure(options: argparse.Namespace, preset: str, name: str, keep: float, to
     from transformers import AutoModelForCausalLM
 
     data = TextDataModule({k: EXTRACTS[k] for k in ("calibration", "test")}, options.model, calibration_blocks=96)
-    batches = data.calibration_batches()
-    limit, chosen = 0, []
-    for batch in batches:
-        if limit < tokens:
-            chosen.append(batch)
-            limit += batch["input_ids"].numel()
+    whole = torch.cat([batch["input_ids"] for batch in data.calibration_batches()])
+    chosen = [{"input_ids": part} for part in whole[: max(1, tokens // whole.shape[1])].split(2)]
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="float32").eval()
     dense = perplexity(model, data.evaluation("test"))
-    targets = None
-    if name == "dense experts":
-        sizes = {name: p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim > 1}
-        total = sum(size for name, size in sizes.items() if "gate.weight" not in name)
-        own = sum(size for name, size in sizes.items() if "self_attn" in name)
-        keep, targets = (own - (1 - keep) * total) / own, ["*.self_attn.*"]
-    found: dict[str, Any] = {"dense": dense}
-    try:
-        with variant(name):
-            result = compress(model, chosen, keep_ratio=keep, preset=preset, targets=targets)
-    except LowRankError as error:
-        return {**found, "perplexity": None, "error": str(error)}
+    with variant(name):
+        result = compress(model, chosen, keep_ratio=keep, preset=preset)
     kept = [m.rank / min(m.rows, m.columns) for m in result.plan.matrices if ".experts." in m.name]
     others = [m.rank / min(m.rows, m.columns) for m in result.plan.matrices if ".experts." not in m.name]
     return {
-        **found,
+        "dense": dense,
         "perplexity": perplexity(model, data.evaluation("test")),
         "achieved": result.plan.keep_ratio,
-        "experts": sum(kept) / len(kept) if kept else 1.0,
+        "experts": sum(kept) / len(kept),
         "others": sum(others) / len(others),
     }
 
@@ -127,7 +102,7 @@ def show(entries: list[dict[str, Any]]) -> None:
     print("|---|---|---|" + "---|" * len(VARIANTS))
     for row in rows:
         cells = [by.get((*row, name)) for name in VARIANTS]
-        shown = ["" if e is None else "–" if e["perplexity"] is None else f"{e['perplexity']:.2f}" for e in cells]
+        shown = ["" if e is None else f"{e['perplexity']:.2f}" for e in cells]
         print(f"| {row[0]} | {row[1]} | {row[2]} | {' | '.join(shown)} |")
     print(f"\ndense {entries[0]['dense']:.2f}")
 
@@ -137,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/bench/mixtral/model")
     parser.add_argument("--output", default="benchmarks/experts.jsonl")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.6, 0.4])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 24576])
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.4])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 24576])
     parser.add_argument("--presets", nargs="+", default=list(PRESETS))
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS))
     parser.add_argument("--threads", type=int, default=1)

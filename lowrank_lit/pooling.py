@@ -1,8 +1,9 @@
 """Statistics of experts that few tokens reached, shrunk to those of all experts of their block.
 
 A router gives an expert a part of the tokens, and a rare one so few that its moments have next to no rank. With ``t``
-tokens behind a moment of size ``d`` the estimate becomes ``(1 - a) own + a pool``, ``a = d / (d + t)``: the pool where
-nothing was seen, half of it where there were as many tokens as unknown directions, hardly any where there were many.
+tokens behind a moment of size ``d`` the estimate becomes ``(1 - a) own + a pool``, ``a = d / (d + 16 t)``: the pool
+where nothing was seen, a seventeenth of it where there were as many tokens as unknown directions, hardly any where
+there were many.
 
 What the pool is depends on the space. Inputs of an expert's first matrix and gradients at the outputs of its last one
 are hidden states of the model, the same space for all experts: there the pool is the moment over all their tokens.
@@ -25,14 +26,19 @@ SMOOTHING = 0.1
 """Share of an expert's frequency that is the mean of all: other text than the calibration's reaches other experts."""
 
 
+TRUST = 16
+"""How much more a token of the expert's own says than one of the pool's: experts are made to see other tokens than the
+rest, and a stronger pool costs more than the noise that it takes away (benchmarks/RESULTS.md)."""
+
+
 def pooled_weight(size: int, tokens: int) -> float:
-    """``a = d / (d + t)``, the share of the pool.
+    """``a = d / (d + 16 t)``, the share of the pool.
 
     Args:
         size: ``d``, rows of a moment.
         tokens: ``t``, behind it.
     """
-    return size / (size + tokens)
+    return size / (size + TRUST * tokens)
 
 
 def pool_experts(

@@ -21,7 +21,7 @@ from lowrank_lit.errors import DataError, ModelError
 from lowrank_lit.evidence import places_of, profiles_of, specs_of
 from lowrank_lit.experts import ExpertsApart, SeparateExperts, separate_experts
 from lowrank_lit.layers import FactoredLinear
-from lowrank_lit.pooling import SMOOTHING, pool_experts
+from lowrank_lit.pooling import SMOOTHING, pool_experts, pooled_weight
 from lowrank_lit.settings import Settings
 from lowrank_lit.statistics import LayerStatistics
 from lowrank_lit.surgery import dense_weight, find_targets
@@ -197,7 +197,8 @@ def test_moments_are_of_routed_real_tokens(family: str, streamed: bool) -> None:
         x = torch.cat(parts)
         entry = found.statistics[f"model.layers.1.mlp.experts.{number}.gate_up"]
         assert entry.tokens == len(x)
-        share = 32 / (32 + len(x))
+        share = 32 / (32 + 16 * len(x))
+        assert share == pytest.approx(pooled_weight(32, len(x)))
         own = x.T @ x / max(1, len(x))
         torch.testing.assert_close(entry.input_moment, (1 - share) * own + share * pool, rtol=1e-9, atol=1e-12)
         mean = 2 * total / len(captured)
@@ -248,7 +249,8 @@ def test_pooling_formula() -> None:
     up = pool_experts(own, "up", shapes, lambda name: torch.zeros(6, 4), inputs=None, tokens=20)
     whole = x.T @ x / 40
     torch.testing.assert_close(up["c"].input_moment, whole, rtol=1e-12, atol=0)
-    torch.testing.assert_close(up["b"].input_moment, (10 * own["b"].input_moment + 4 * whole) / 14, rtol=1e-12, atol=0)
+    blended = (160 * own["b"].input_moment + 4 * whole) / 164
+    torch.testing.assert_close(up["b"].input_moment, blended, rtol=1e-12, atol=0)
     assert all(entry.input_energy == pytest.approx(float(entry.input_moment.trace())) for entry in up.values())
     assert sum(entry.frequency for entry in up.values()) == pytest.approx(40 / 20)
     down = pool_experts(own, "down", shapes, lambda name: torch.zeros(6, 4), inputs=None, tokens=20)
