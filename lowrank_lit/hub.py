@@ -56,9 +56,11 @@ from lowrank_lit.folders import (
     unwritable,
     weight_files,
 )
+from lowrank_lit.paging import release
 from lowrank_lit.plan import RankPlan, truncated_plan
 from lowrank_lit.surgery import apply_plan, check_applied
 from lowrank_lit.weights import (
+    Leaving,
     check_initialised,
     check_weights,
     expect_guard,
@@ -81,6 +83,8 @@ __all__ = [
 METHOD = "lowrank"
 """``quant_method`` in ``config.json``."""
 
+_SHARD = 2 * 10**9
+"""Bytes of a weight file. Of weights that are mapped from files, one shard at a time is in memory."""
 _PathLike = str | os.PathLike[str]
 
 
@@ -268,7 +272,8 @@ def export(
     weights = weights_to_save(model, plan, stored)
     config = _config_to_save(model, plan, stored)
     with atomic_folder(target) as partial, _unchanged_config(model):
-        model.save_pretrained(partial, state_dict=weights)
+        model.save_pretrained(partial, state_dict=Leaving(weights, _SHARD), max_shard_size=_SHARD)
+        release(weights.values())
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
 from lowrank_lit.folders import read_shapes
+from lowrank_lit.paging import release
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import apply_plan
 
@@ -217,6 +218,32 @@ def _skeleton(model: PreTrainedModel, plan: RankPlan | None) -> PreTrainedModel:
     return skeleton
 
 
+class Leaving(dict[str, Tensor]):
+    """A state dict that is taken apart shard by shard: what was taken for the shards before leaves memory where it is
+    mapped from a file.
+
+    Args:
+        tensors: By name.
+        shard: Bytes of a shard, as transformers fills them.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], shard: int) -> None:
+        super().__init__(tensors)
+        self._shard, self._filled = shard, 0
+        self._taken: list[Tensor] = []
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Take a tensor out."""
+        tensor = super().pop(name, *default)
+        if isinstance(tensor, Tensor):
+            if self._filled + tensor.nbytes > self._shard:
+                release(self._taken)
+                self._taken, self._filled = [], 0
+            self._taken.append(tensor)
+            self._filled += tensor.nbytes
+        return tensor
+
+
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if tensor.is_meta:
         raise ModelError(f"'{name}' is on the meta device; load the weights before the export")
@@ -224,7 +251,10 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"'{name}' has a NaN or infinite entry; the model is not exported")
-    cast = tensor if dtype is None else tensor.to(dtype)
+    if dtype is None or dtype == tensor.dtype:
+        release([tensor])
+        return tensor
+    cast = tensor.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise NonFiniteError(
             f"'{name}' reaches {float(tensor.abs().max()):.3g}, more than {dtype} holds; choose a wider dtype"

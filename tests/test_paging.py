@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from lowrank_lit import paging
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.paging import Workspace, release
+from lowrank_lit.paging import Shelf, Workspace, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
 
@@ -87,3 +89,43 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not any(workspace.folder.iterdir())
+
+
+def test_a_workspace_is_refused_where_too_little_is_free(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.require(2**20)
+    with pytest.raises(LowRankError, match=r"workspace='.*' has \d+ MiB free, and \d+ MiB at least .*; free space"):
+        workspace.require(2**60)
+
+
+@pytest.mark.parametrize("dtype", list(paging._DTYPES), ids=str)
+def test_files_are_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = {"a": (100 * torch.rand(3, 5, generator=generator)).to(dtype).T, "b": torch.ones(7, dtype=torch.uint8)}
+    own |= {"empty": torch.empty(0, 3), "number": torch.tensor(2.5, dtype=torch.float64), "again": own["a"]}
+    paging.save_tensors(tmp_path / "file", own, {"key": "value"})
+    with safe_open(tmp_path / "file", framework="pt") as opened:
+        assert opened.metadata() == {"key": "value"}
+        assert set(opened.keys()) == set(own)
+        for key, value in own.items():
+            found = opened.get_tensor(key)
+            assert (found.dtype, found.shape) == (value.dtype, value.shape)
+            assert torch.equal(found, value)
+
+
+@linux
+def test_states_beyond_the_budget_wait_on_the_disk(tmp_path: Path) -> None:
+    states = [torch.full((2**18,), float(number)) for number in range(4)]  # 1 MiB each
+    sizes = [state.nbytes for state in states]
+    for budget, copies, in_memory in ((0, 1, 0), (2 * 2**20, 1, 2), (2 * 2**20, 2, 1), (2**30, 4, 4)):
+        shelf = Shelf(Workspace(tmp_path, budget=budget), sizes, copies=copies)
+        found = [shelf.put(number, state) for number, state in enumerate(states)]
+        assert [own is state for own, state in zip(found, states, strict=True)] == [
+            number < in_memory for number in range(4)
+        ]
+        for number, (own, state) in enumerate(zip(found, states, strict=True)):
+            assert torch.equal(own, state)
+            shelf.leave(number, own)
+            assert torch.equal(own, state)
+    shelf = Shelf(None, sizes)
+    assert all(shelf.put(number, state) is state for number, state in enumerate(states))
