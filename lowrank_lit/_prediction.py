@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank_lit._tables import table
 from lowrank_lit.allocation import budget_of
-from lowrank_lit.compress import fingerprint
+from lowrank_lit.compress import fingerprint, working_in
 from lowrank_lit.errors import GradientError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.plan import RankPlan
@@ -46,14 +46,23 @@ class PredictedPlan:
 
 
 def predicted_plan(
-    model: nn.Module, batches: Sequence[Any], settings: Settings, *, device: torch.device | str | None = None
+    model: nn.Module,
+    batches: Sequence[Any],
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    workspace: str | Path | None = None,
 ) -> PredictedPlan:
     """Plan and curve from one calibration pass; the model is left as it is.
 
     Raises:
         LowRankError: As :func:`lowrank_lit.plan_ranks`.
     """
-    study = Study(model, batches, targets=settings.targets, device=device)
+    with working_in(workspace, model) as space:
+        return _predicted(Study(model, batches, targets=settings.targets, device=device, workspace=space), settings)
+
+
+def _predicted(study: Study, settings: Settings) -> PredictedPlan:
     reason = _no_prediction(settings)
     if not reason:
         budget_of(specs_of(study.targets, settings), settings.keep_ratio)  # before the pass, as the draft would
@@ -61,7 +70,7 @@ def predicted_plan(
             study.collection.calibration(settings.moments, importance=True, labels=settings.labels)
         except GradientError as error:
             reason = f"no gradients: {error}"
-    plan = replace(study.draft(settings).plan, fingerprint=fingerprint(model, study.batches, settings))
+    plan = replace(study.draft(settings).plan, fingerprint=fingerprint(study.model, study.batches, settings))
     if reason:
         return PredictedPlan(plan, plan.metric, reason=reason)
     points = study.curve(settings, sorted({*RATIOS, settings.keep_ratio}))

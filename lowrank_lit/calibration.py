@@ -218,16 +218,17 @@ def _run_blocks_back(
     """A forward and a backward, both one block at a time; what each block was fed waits in the workspace."""
     assert collector.workspace is not None
     assert collector.gradients is not None
-    shelf = Shelf(collector.workspace, [call.states.nbytes for call in calls], copies=len(blocks) + 2)
+    shelf = Shelf(collector.workspace, [call.states.nbytes for call in calls], copies=3)
     for number, call in enumerate(calls):
         call.hidden = shelf.put(number, call.states)
     fed: list[list[Tensor]] = []
     for index, (_, block) in enumerate(tqdm(blocks, desc="forward", unit="block", disable=None, leave=False)):
-        fed.append([call.states for call in calls])
+        fed.append([])
         with moved(block, device) as place:
             for number, call in enumerate(calls):
+                fed[index].append(shelf.put_away(number, call.states))
                 call.hidden = shelf.put(number, call.run(block, index, call.states, place))
-                shelf.leave(number, fed[index][number])
+                release([fed[index][number]])
         release(block.parameters())
     gradients = []
     with moved_around(model, blocks, device) as place:
@@ -255,7 +256,7 @@ def _run_blocks_back(
                     torch.autograd.backward(output, gradients[number].to(output.device))
                 assert states.grad is not None
                 gradients[number] = shelf.put(number, states.grad.to(fed[index][number].device))
-                shelf.leave(number, fed[index][number])
+                release([fed[index][number]])
                 call.forget(index)
         fed.pop()
         release(block.parameters())

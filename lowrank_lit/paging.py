@@ -11,6 +11,7 @@ import ctypes
 import json
 import mmap
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -23,9 +24,13 @@ from torch import Tensor
 
 from lowrank_lit.errors import LowRankError
 
+BUDGET = 2**30
+"""Bytes of hidden states that wait in memory where a workspace is used."""
 _MADV_DONTNEED = 4
 _LEAST = 2**14
 """Bytes below which it is not worth to look for a mapping."""
+_TRIM = 2**24
+"""Bytes that are kept until free memory is given back to the system."""
 _PAGES = Path("/proc/self/pagemap")
 _PAGE = mmap.PAGESIZE
 _DTYPES = {
@@ -58,10 +63,10 @@ class Workspace:
         LowRankError: If the folder cannot be made.
     """
 
-    def __init__(self, parent: str | Path, *, budget: int = 2**30) -> None:
+    def __init__(self, parent: str | Path, *, budget: int = BUDGET) -> None:
         self.parent = Path(parent)
         self.budget = budget
-        self.bytes = 0
+        self.bytes = self._since = 0
         try:
             self.parent.mkdir(parents=True, exist_ok=True)
             self.folder = Path(tempfile.mkdtemp(prefix="lowrank-lit-", dir=self.parent))
@@ -117,6 +122,10 @@ class Workspace:
             with suppress(OSError):
                 file.unlink()
         self.bytes += size
+        self._since += size
+        if self._since >= _TRIM:  # what was kept is free by now, and the heap would hold on to it
+            self._since = 0
+            _trim()
         return found
 
     def close(self) -> None:
@@ -146,6 +155,12 @@ class Shelf:
     def put(self, number: int, states: Tensor) -> Tensor:
         """The same states, of batch ``number``, where they wait."""
         if self._workspace is None or number < self._in_memory:
+            return states
+        return self._workspace.keep({"states": states})["states"]
+
+    def put_away(self, number: int, states: Tensor) -> Tensor:
+        """The same states, which are on the shelf, on the disk: what waits for long is no part of the budget."""
+        if self._workspace is None or number >= self._in_memory:
             return states
         return self._workspace.keep({"states": states})["states"]
 
@@ -204,6 +219,14 @@ def release(tensors: Iterable[Tensor]) -> int:
                 failed = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
                 dropped += 0 if failed else end - begin
     return dropped
+
+
+def _trim() -> None:
+    """Give the pages of freed memory back to the system, where the C library can: glibc keeps those that lie between
+    pages in use, and a process that goes from block to block would grow with every one."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,15 @@ from lowrank_lit import compress
 from lowrank_lit.batches import as_batches
 from lowrank_lit.calibration import calibrate
 from lowrank_lit.collector import Calibration
+from lowrank_lit.compress import settings_of
 from lowrank_lit.errors import LowRankError, NonFiniteError
+from lowrank_lit.evidence import specs_of
 from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
 from lowrank_lit.hub import export, load
 from lowrank_lit.paging import Workspace, release
+from lowrank_lit.selection import Judge
 from lowrank_lit.streaming import moved
+from lowrank_lit.study import Study
 from lowrank_lit.surgery import dense_weight, find_targets
 from tests.tiny import batches, tiny_model
 
@@ -118,3 +124,59 @@ def test_what_was_moved_gets_its_own_memory_back() -> None:
     assert layer.weight is parameter
     assert (layer.weight.data_ptr(), layer.weight.device.type) == (address, "cpu")
     assert torch.equal(layer.weight, values)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_measured_candidates_and_refits_are_those_in_memory(tmp_path: Path, family: str) -> None:
+    """Statistics, candidates and the refit go through the disk, hidden states included."""
+    own = tiny_model(family)
+    other = copy.deepcopy(own)
+    settings = settings_of(0.6, {"preset": "best"})
+    text = batches(n=10, batch=4, padding=True, structured=True)
+    space = Workspace(tmp_path, budget=0)
+    study, streamed = Study(own, text), Study(other, text, workspace=space)
+    draft, again = study.draft(settings), streamed.draft(settings)
+    assert again.plan == draft.plan
+    same(study.weights(draft), streamed.weights(again))
+    fitted = []
+    for each in (study, streamed):  # by itself, for a draft leaves a refit out where it is no gain
+        specs, evidence = specs_of(each.targets, settings), each.collection.dense(settings)
+        spectra, note = each.collection.refitted(settings, specs, evidence, [8] * len(specs))
+        assert spectra is not None, note
+        fitted.append({name: spectrum.left @ spectrum.inner for name, spectrum in spectra.items()})
+    same(*fitted)
+    assert not any(space.folder.iterdir())
+
+
+def same(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    assert weights.keys() == others.keys() != set()
+    for name, weight in weights.items():
+        assert float((others[name] - weight).norm() / weight.norm()) <= 1e-5, name
+
+
+def test_predictions_wait_in_the_workspace(tmp_path: Path) -> None:
+    model, text = tiny_model("gpt2"), as_batches(batches(n=6, padding=True))
+    layers = {name: target.module for name, target in find_targets(model).items()}
+    weights = {name: 0.9 * dense_weight(layer).detach() for name, layer in layers.items()}
+    plain, space = Judge(model, text, layers), Workspace(tmp_path, budget=0)
+    streamed = Judge(model, text, layers, None, space)
+    assert space.bytes >= sum(2 * 96 * batch["input_ids"].numel() for batch in text[5:])
+    for candidate in ({}, weights):
+        assert streamed.divergence(candidate) == plain.divergence(candidate)
+    assert streamed.divergence(weights) > 1e-3
+    assert streamed.divergence({name: torch.full_like(value, 1e38) for name, value in weights.items()}) == math.inf
+    assert not any(space.folder.iterdir())
+    alone = nn.Sequential(nn.Embedding(96, 8), nn.Linear(8, 96))  # no chain of blocks: it runs whole
+    judge = Judge(alone, as_batches([batch["input_ids"] for batch in text]), {"1": alone[1]}, None, space)
+    assert judge.divergence({}) == pytest.approx(0, abs=1e-5)
+
+
+def test_an_error_leaves_no_files(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    before = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.fill_(1e38)
+    with pytest.raises(NonFiniteError):
+        compress(model, batches(n=4), keep_ratio=0.6, workspace=tmp_path)
+    assert not any(tmp_path.iterdir())
+    assert model.state_dict().keys() == before.keys()
