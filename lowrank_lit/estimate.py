@@ -156,20 +156,25 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
     passing = run.tokens * block_width(size) * run.weight_bytes
     activations = backward_bytes(size, run) // size.blocks if run.backward else passing
     head = size.vocabulary * size.hidden * run.weight_bytes + logit_bytes(size, run, backward=True)
-    beyond = max(0, head - weights - statistics - activations) if run.backward else 0
+    beyond = max(0, head - weights - statistics - activations) if run.backward or run.measured else 0
     factors = (kept_parameters(size, run.keep_ratio) - size.parameters + size.target_parameters) * run.weight_bytes
     both = run.measured or run.rounds > 1 or run.refitted
     held = gpus * int(HELD_OUT * text) * size.vocabulary * 2 if run.measured else 0
     vectors = vector_bytes(size, components=run.components)
     targets = size.target_parameters * run.weight_bytes
     copies = (("weights of one block", weights), ("statistics of one block, float64", statistics))
-    between, fitted = (3 if run.backward else 2) * text * inputs, 4 * text * inputs if both else 0
+    between = (3 if run.backward else 2) * text * inputs
+    compared = max(
+        4 * text * inputs if run.refitted else 0,
+        between if run.rounds > 1 else 0,
+        2 * int(HELD_OUT * text) * inputs if run.measured else 0,
+    )
     return [
         *_stage(
             "calibrate",
             ("host", "hidden states before and after one block", min(BUDGET, between)),
             ("device", "activations of one batch in one block", activations),
-            ("device", "head and logits of one batch, beyond that", beyond),
+            ("device", "head and logits of one batch, beyond that", beyond if run.backward else 0),
             ("disk", "inputs of all blocks", gpus * text * inputs * size.blocks if run.backward else 0),
             ("disk", "hidden states beyond the host's", gpus * max(0, between - BUDGET)),
             ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
@@ -177,14 +182,15 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
         ),
         *_stage(
             "feedback",
-            ("host", "hidden states before and after one block of both models", min(BUDGET, fitted)),
-            ("disk", "hidden states beyond the host's", gpus * max(0, fitted - BUDGET)),
+            ("host", "hidden states before and after one block of both models", min(BUDGET, compared)),
+            ("disk", "hidden states beyond the host's", gpus * max(0, compared - BUDGET)),
             ("disk", "predictions on held-out sequences, float16", held),
             ("disk", "compressed target matrices, twice", 2 * targets if both else 0),
             ("disk", _STATISTICS, statistics_bytes(size, run.moments) if run.rounds > 1 else 0),
             ("disk", "singular vectors of two further rounds, float32", 2 * vectors if run.rounds > 1 else 0),
             ("device", "one block of the compressed model", weights if both else 0),
             ("device", "activations of one batch in one block", activations if both else 0),
+            ("device", "head and logits of one batch, beyond that", beyond if both else 0),
             copies=copies if both else (),
         ),
         *_stage(

@@ -212,10 +212,12 @@ def release(tensors: Iterable[Tensor]) -> int:
     spans = [_span(tensor) for tensor in tensors if not tensor.is_meta and tensor.device.type == "cpu"]
     spans = [(begin, end) for begin, end in spans if end - begin >= _LEAST]
     dropped = 0
+    if not spans or sys.platform != "linux":
+        return 0
     with suppress(OSError), _PAGES.open("rb", buffering=0) as pages:
-        libc = ctypes.CDLL(None, use_errno=True) if spans else None
+        libc = ctypes.CDLL(None, use_errno=True)
         for begin, end in spans:
-            if libc is not None and _only_read(pages, begin, end):
+            if _only_read(pages, begin, end):
                 failed = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
                 dropped += 0 if failed else end - begin
     return dropped
