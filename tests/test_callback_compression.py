@@ -426,7 +426,7 @@ def test_a_workspace_gives_the_same_model(
     monkeypatch.chdir(tmp_path)
     modules = {}
     for workspace in (None, "relative/space"):
-        settings = {**trainer_settings, "max_steps": 0, "default_root_dir": tmp_path / str(workspace)}
+        settings = {**trainer_settings, "max_steps": 0, "default_root_dir": tmp_path / f"run-{workspace is None}"}
         modules[workspace] = LowRankModule(str(folder), dtype="bfloat16")
         callback = make_callback(preset="fast", workspace=workspace)
         pl.Trainer(**settings, callbacks=[callback, ExportOnFitEnd()]).fit(modules[workspace], text())
