@@ -56,15 +56,14 @@ from lowrank_lit.folders import (
     unwritable,
     weight_files,
 )
-from lowrank_lit.paging import release
 from lowrank_lit.plan import RankPlan, truncated_plan
 from lowrank_lit.surgery import apply_plan, check_applied
 from lowrank_lit.weights import (
-    Leaving,
     check_initialised,
     check_weights,
     expect_guard,
     fit_names,
+    one_by_one,
     read_truncated,
     weights_to_save,
 )
@@ -83,8 +82,6 @@ __all__ = [
 METHOD = "lowrank"
 """``quant_method`` in ``config.json``."""
 
-_SHARD = 2 * 10**9
-"""Bytes of a weight file. Of weights that are mapped from files, one shard at a time is in memory."""
 _PathLike = str | os.PathLike[str]
 
 
@@ -272,8 +269,8 @@ def export(
     weights = weights_to_save(model, plan, stored)
     config = _config_to_save(model, plan, stored)
     with atomic_folder(target) as partial, _unchanged_config(model):
-        model.save_pretrained(partial, state_dict=Leaving(weights, _SHARD), max_shard_size=_SHARD)
-        release(weights.values())
+        with one_by_one():
+            model.save_pretrained(partial, state_dict=weights)
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

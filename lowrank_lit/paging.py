@@ -33,7 +33,7 @@ _TRIM = 2**24
 """Bytes that are kept until free memory is given back to the system."""
 _PAGES = Path("/proc/self/pagemap")
 _PAGE = mmap.PAGESIZE
-_DTYPES = {
+DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -189,7 +189,7 @@ def save_tensors(file: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     for name in order:
         tensor = tensors[name]
         begin, end = end, end + tensor.nbytes
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with open(file, "wb") as opened:

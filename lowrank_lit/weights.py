@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
 from lowrank_lit.folders import read_shapes
-from lowrank_lit.paging import release
+from lowrank_lit.paging import DTYPES, release, save_tensors
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import apply_plan
 
@@ -218,30 +219,30 @@ def _skeleton(model: PreTrainedModel, plan: RankPlan | None) -> PreTrainedModel:
     return skeleton
 
 
-class Leaving(dict[str, Tensor]):
-    """A state dict that is taken apart shard by shard: what was taken for the shards before leaves memory where it is
-    mapped from a file.
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """For the time of the context transformers writes weight files one tensor at a time.
 
-    Args:
-        tensors: By name.
-        shard: Bytes of a shard, as transformers fills them.
+    Its own writer leaves all that it has read of mapped weights in memory, and it has no setting for another one.
     """
+    from transformers import modeling_utils
 
-    def __init__(self, tensors: Mapping[str, Tensor], shard: int) -> None:
-        super().__init__(tensors)
-        self._shard, self._filled = shard, 0
-        self._taken: list[Tensor] = []
+    name = "safe_save_file"
+    own: Any = getattr(modeling_utils, name, None)
 
-    def pop(self, name: str, *default: Any) -> Any:
-        """Take a tensor out."""
-        tensor = super().pop(name, *default)
-        if isinstance(tensor, Tensor):
-            if self._filled + tensor.nbytes > self._shard:
-                release(self._taken)
-                self._taken, self._filled = [], 0
-            self._taken.append(tensor)
-            self._filled += tensor.nbytes
-        return tensor
+    def write(tensors: Mapping[str, Tensor], file: str, metadata: Mapping[str, str] | None = None) -> None:
+        if all(tensor.dtype in DTYPES for tensor in tensors.values()):
+            save_tensors(file, tensors, metadata)
+        else:
+            own(tensors, file, metadata=metadata)
+
+    if own is not None:  # where a later release writes in another way, nothing but memory is lost
+        setattr(modeling_utils, name, write)
+    try:
+        yield
+    finally:
+        if own is not None:
+            setattr(modeling_utils, name, own)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

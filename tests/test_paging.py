@@ -98,7 +98,7 @@ def test_a_workspace_is_refused_where_too_little_is_free(tmp_path: Path) -> None
         workspace.require(2**60)
 
 
-@pytest.mark.parametrize("dtype", list(paging._DTYPES), ids=str)
+@pytest.mark.parametrize("dtype", list(paging.DTYPES), ids=str)
 def test_files_are_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     own = {"a": (100 * torch.rand(3, 5, generator=generator)).to(dtype).T, "b": torch.ones(7, dtype=torch.uint8)}
@@ -129,3 +129,17 @@ def test_states_beyond_the_budget_wait_on_the_disk(tmp_path: Path) -> None:
             assert torch.equal(own, state)
     shelf = Shelf(None, sizes)
     assert all(shelf.put(number, state) is state for number, state in enumerate(states))
+
+
+@linux
+def test_a_disk_that_takes_a_folder_and_no_more_is_refused_at_once(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(LowRankError, match=r"workspace='.*' cannot be made \(File too large\); give a folder"):
+            Workspace(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())

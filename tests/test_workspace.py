@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import math
+import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit import compress
+from lowrank_lit import compress, paging, plan_ranks
+from lowrank_lit._prediction import predicted_plan
 from lowrank_lit.batches import as_batches
 from lowrank_lit.calibration import calibrate
+from lowrank_lit.callbacks.export import round_weights
 from lowrank_lit.collector import Calibration
 from lowrank_lit.compress import settings_of
 from lowrank_lit.errors import LowRankError, NonFiniteError
@@ -180,3 +185,50 @@ def test_an_error_leaves_no_files(tmp_path: Path) -> None:
         compress(model, batches(n=4), keep_ratio=0.6, workspace=tmp_path)
     assert not any(tmp_path.iterdir())
     assert model.state_dict().keys() == before.keys()
+
+
+def test_a_planned_recipe_is_the_same(tmp_path: Path) -> None:
+    model, text, settings = tiny_model("llama"), batches(n=4), settings_of(0.6, {"preset": "fast"})
+    plain = predicted_plan(model, text, settings)
+    assert plain.points
+    assert predicted_plan(model, text, settings, workspace=tmp_path) == plain
+    ranks = plan_ranks(model, text, keep_ratio=0.6, preset="fast", workspace=tmp_path)
+    assert ranks.matrices == plain.plan.matrices
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
+def test_an_export_of_mapped_weights_leaves_nothing_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    mapped = type(model).from_pretrained(tmp_path / "dense", dtype="auto", attn_implementation="eager")
+    round_weights(mapped, torch.float32)  # the type that they have: nothing is written to
+    read = [parameter for parameter in mapped.parameters() if parameter.nbytes >= 2**16]
+    release(read)
+    states: list[int] = []
+
+    def watched(*given: Any) -> None:
+        states.append(resident(read))
+        paging.save_tensors(*given)
+        states.append(resident(read))
+
+    monkeypatch.setattr("lowrank_lit.weights.save_tensors", watched)
+    export(mapped, None, tmp_path / "model")
+    assert len(states) == 2
+    assert sum(parameter.nbytes for parameter in read) > 8 * 2**20
+    assert max(states) < 2**18
+    again = load(tmp_path / "model").state_dict()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+    assert resident([*mapped.parameters()]) < 2**18 < resident([*model.parameters()])  # by the same account
+
+
+def resident(tensors: list[Any]) -> int:
+    """Bytes of tensors in memory, by the kernel's account of their pages."""
+    found = 0
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as pages:
+        for tensor in tensors:
+            first, last = tensor.data_ptr() // mmap.PAGESIZE, (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+            pages.seek(8 * first)
+            entries = np.frombuffer(pages.read(8 * (last - first)), dtype=np.uint64)
+            found += int((entries >> np.uint64(63)).sum()) * mmap.PAGESIZE
+    return found
