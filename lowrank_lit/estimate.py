@@ -162,7 +162,10 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
     held = gpus * int(HELD_OUT * text) * size.vocabulary * 2 if run.measured else 0
     vectors = vector_bytes(size, components=run.components)
     targets = size.target_parameters * run.weight_bytes
-    copies = (("weights of one block", weights), ("statistics of one block, float64", statistics))
+    one: tuple[_Row, ...] = (
+        ("device", "weights of one block", weights),
+        ("device", "statistics of one block, float64", statistics),
+    )
     between = (3 if run.backward else 2) * text * inputs
     compared = max(
         4 * text * inputs if run.refitted else 0,
@@ -172,16 +175,17 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
     return [
         *_stage(
             "calibrate",
+            *one,
             ("host", "hidden states before and after one block", min(BUDGET, between)),
             ("device", "activations of one batch in one block", activations),
             ("device", "head and logits of one batch, beyond that", beyond if run.backward else 0),
             ("disk", "inputs of all blocks", gpus * text * inputs * size.blocks if run.backward else 0),
             ("disk", "hidden states beyond the host's", gpus * max(0, between - BUDGET)),
             ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
-            copies=copies,
         ),
         *_stage(
             "feedback",
+            *(one if both else ()),
             ("host", "hidden states before and after one block of both models", min(BUDGET, compared)),
             ("disk", "hidden states beyond the host's", gpus * max(0, compared - BUDGET)),
             ("disk", "predictions on held-out sequences, float16", held),
@@ -191,7 +195,6 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
             ("device", "one block of the compressed model", weights if both else 0),
             ("device", "activations of one batch in one block", activations if both else 0),
             ("device", "head and logits of one batch, beyond that", beyond if both else 0),
-            copies=copies if both else (),
         ),
         *_stage(
             "factor",

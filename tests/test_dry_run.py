@@ -166,7 +166,7 @@ def test_a_workspace_is_counted(small: Path) -> None:
     streamed = report("llama7b_40pct_lora", small, *changes)
     assert "forward and backward passes of the whole model" in whole
     assert "forward and backward passes, one block at a time" in streamed
-    for line in ("hidden states before and after one block", "inputs of all blocks"):
+    for line in ("weights of one block", "hidden states before and after one block", "inputs of all blocks"):
         assert line not in whole
         assert line in streamed
     by_gpus = {
