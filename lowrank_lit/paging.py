@@ -217,7 +217,11 @@ def release(tensors: Iterable[Tensor]) -> int:
     with suppress(OSError), _PAGES.open("rb", buffering=0) as pages:
         libc = ctypes.CDLL(None, use_errno=True)
         for begin, end in spans:
-            if _only_read(pages, begin, end):
+            # Pages at the ends may hold a neighbour's numbers, which may have been written to.
+            whole = (begin // _PAGE * _PAGE, -(-end // _PAGE) * _PAGE)
+            inside = (-(-begin // _PAGE) * _PAGE, end // _PAGE * _PAGE)
+            begin, end = next((span for span in (whole, inside) if _only_read(pages, *span)), (0, 0))
+            if end > begin:
                 failed = libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_DONTNEED)
                 dropped += 0 if failed else end - begin
     return dropped
@@ -232,11 +236,10 @@ def _trim() -> None:
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
-    """The whole pages inside a tensor's memory, as addresses; pages at its ends may hold a neighbour's numbers."""
+    """A tensor's memory as addresses; empty where it does not lie in one piece."""
     if not (tensor.is_contiguous() or (tensor.ndim == 2 and tensor.mT.is_contiguous())):
         return 0, 0
-    begin = tensor.data_ptr()
-    return -(-begin // _PAGE) * _PAGE, (begin + tensor.nbytes) // _PAGE * _PAGE
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
 
 
 def _only_read(pages: Any, begin: int, end: int) -> bool:

@@ -143,3 +143,16 @@ def test_a_disk_that_takes_a_folder_and_no_more_is_refused_at_once(tmp_path: Pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not any(tmp_path.iterdir())
+
+
+@linux
+def test_pages_that_neighbours_share_are_dropped_unless_they_were_written_to(tmp_path: Path) -> None:
+    own = {key: torch.randn(5001, generator=torch.Generator().manual_seed(7)) for key in "abc"}
+    found = Workspace(tmp_path).keep(own)
+    assert all(torch.equal(found[key], value) for key, value in own.items())
+    assert release([found["b"]]) > found["b"].nbytes
+    found["a"][-1] = 7.0  # on the page where b begins
+    assert torch.equal(found["b"], own["b"])
+    assert 0 < release([found["b"]]) < found["b"].nbytes
+    assert float(found["a"][-1]) == 7.0
+    assert torch.equal(found["b"], own["b"])
