@@ -107,10 +107,10 @@ def table(entries: list[dict[str, Any]]) -> None:
     layered = [entry for entry in entries if "depth" in entry]
     for preset, width in sorted({(entry["preset"], entry["width"]) for entry in layered if "preset" in entry}):
         of_preset([entry for entry in layered if (entry.get("preset"), entry["width"]) == (preset, width)])
-    layered = [entry for entry in layered if "preset" not in entry]
-    small = {(entry["depth"], entry["way"], entry["metric"]): entry for entry in layered}
-    if not small and len(layered) == len(entries):
+    entries = [entry for entry in entries if "preset" not in entry]
+    if not entries:
         return
+    small = {(entry["depth"], entry["way"], entry["metric"]): entry for entry in entries if "depth" in entry}
     print("| blocks | weights, MiB | load | in memory, input | workspace | in memory, two_sided | workspace |")
     print("|---|---|---|---|---|---|---|")
     for depth in DEPTHS:

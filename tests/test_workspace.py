@@ -199,7 +199,7 @@ def test_a_planned_recipe_is_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
 def test_an_export_of_mapped_weights_leaves_nothing_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama", hidden_size=256, intermediate_size=768, num_hidden_layers=4)
+    model = tiny_model("llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=4)
     model.save_pretrained(tmp_path / "dense")
     mapped = type(model).from_pretrained(tmp_path / "dense", dtype="auto", attn_implementation="eager")
     round_weights(mapped, torch.float32)  # the type that they have: nothing is written to
@@ -215,11 +215,12 @@ def test_an_export_of_mapped_weights_leaves_nothing_in_memory(tmp_path: Path, mo
     monkeypatch.setattr("lowrank_lit.weights.save_tensors", watched)
     export(mapped, None, tmp_path / "model")
     assert len(states) == 2
-    assert sum(parameter.nbytes for parameter in read) > 8 * 2**20
-    assert max(states) < 2**18
+    around = 2**17 * len(read)  # the kernel maps some pages around the one that is read, 64 KiB with it
+    assert sum(parameter.nbytes for parameter in read) > 10 * around
+    assert max(states) < around
     again = load(tmp_path / "model").state_dict()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
-    assert resident([*mapped.parameters()]) < 2**18 < resident([*model.parameters()])  # by the same account
+    assert resident([*mapped.parameters()]) < around < resident([*model.parameters()])  # by the same account
 
 
 def resident(tensors: list[Any]) -> int:
