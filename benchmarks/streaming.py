@@ -3,7 +3,8 @@
 Run from the repository's root:
 
     python benchmarks/streaming.py             # measure what is missing, a few minutes on two cores
-    python benchmarks/streaming.py --table     # Markdown table of it
+    python benchmarks/streaming.py --preset best --width 384 --threads 1     # the same of the default preset
+    python benchmarks/streaming.py --table     # Markdown tables of it
     python benchmarks/streaming.py --billion   # 1.1 billion parameters: compress and export, under an hour
 
 Protocol: Llamas of random weights in bfloat16, written to --folder in shards, of --width (MLP 8/3 of it, vocabulary
@@ -11,12 +12,14 @@ Protocol: Llamas of random weights in bfloat16, written to --folder in shards, o
 ``from_pretrained(dtype="auto")`` and then
 
 - `load`: reads every weight once, by a forward of one sequence;
-- `in memory`: compresses to keep 0.6 (preset `unirank` with --metric), 16 calibration sequences of 256 random tokens;
+- `in memory`: compresses to keep 0.6 (preset `unirank` with --metric; another --preset as it is), 16 calibration
+  sequences of 256 random tokens;
 - `workspace`: the same with ``compress(..., workspace=...)``, then exports.
 
 Peak is the largest resident size of the process (VmHWM), mapped files included, above what it was once the libraries
-were loaded and the model was mapped. ``--billion``: 22 blocks of width 2048 (MLP 5632, vocabulary 32000), 64 sequences
-of 256 tokens (16k), metric `input`, with a workspace, one process of --threads threads.
+were loaded and the model was mapped; with --preset before and after the export. ``--billion``: 22 blocks of width 2048
+(MLP 5632, vocabulary 32000), 64 sequences of 256 tokens (16k), metric `input`, with a workspace, one process of
+--threads threads.
 """
 
 from __future__ import annotations
@@ -72,7 +75,7 @@ def resident(key: str = "VmRSS") -> float:
     return int(found[1]) / 1024
 
 
-def run(folder: Path, way: str, sequences: int, metric: str) -> dict[str, Any]:
+def run(folder: Path, way: str, sequences: int, settings: dict[str, Any]) -> dict[str, Any]:
     """Figures of one case, in this process."""
     from transformers import AutoModelForCausalLM
 
@@ -92,7 +95,7 @@ def run(folder: Path, way: str, sequences: int, metric: str) -> dict[str, Any]:
     else:
         with tempfile.TemporaryDirectory(dir=folder.parent) as space:
             given = {"workspace": space} if way == "workspace" else {}
-            result = lowrank_lit.compress(model, batches, keep_ratio=0.6, preset="unirank", metric=metric, **given)
+            result = lowrank_lit.compress(model, batches, keep_ratio=0.6, **settings, **given)
             found = {"keep": result.plan.keep_ratio, "stages": result.record["seconds"], "compressed": peak() - before}
             if way == "workspace":
                 export(model, result.plan, Path(space) / "model")
@@ -101,6 +104,12 @@ def run(folder: Path, way: str, sequences: int, metric: str) -> dict[str, Any]:
 
 def table(entries: list[dict[str, Any]]) -> None:
     """A row per depth, and the run of a billion parameters."""
+    layered = [entry for entry in entries if "depth" in entry]
+    for preset, width in sorted({(entry["preset"], entry["width"]) for entry in layered if "preset" in entry}):
+        of_preset([entry for entry in layered if (entry.get("preset"), entry["width"]) == (preset, width)])
+    entries = [entry for entry in entries if "preset" not in entry]
+    if not entries:
+        return
     small = {(entry["depth"], entry["way"], entry["metric"]): entry for entry in entries if "depth" in entry}
     print("| blocks | weights, MiB | load | in memory, input | workspace | in memory, two_sided | workspace |")
     print("|---|---|---|---|---|---|---|")
@@ -118,14 +127,32 @@ def table(entries: list[dict[str, Any]]) -> None:
             print(f"\n{size}: peak {entry['peak']:.0f} MiB, {spent}")
 
 
+def of_preset(entries: list[dict[str, Any]]) -> None:
+    """A row per depth of a preset."""
+    print(f"Preset `{entries[0]['preset']}`, width {entries[0]['width']}\n")
+    print("| blocks | weights, MiB | load | in memory | workspace | and export | minutes, in memory | workspace |")
+    print("|---|---|---|---|---|---|---|---|")
+    for depth in sorted({entry["depth"] for entry in entries}):
+        own = {entry["way"]: entry for entry in entries if entry["depth"] == depth}
+        cells = [
+            (way, key) for way, key in (("load", "peak"), ("in memory", "compressed"), ("workspace", "compressed"))
+        ]
+        shown = [f"{own[way][key]:.0f}" if way in own else "" for way, key in (*cells, ("workspace", "peak"))]
+        spent = [f"{own[way]['seconds'] / 60:.1f}" if way in own else "" for way in WAYS[1:]]
+        print(f"| {depth} | {next(iter(own.values()))['weights']:.0f} | {' | '.join([*shown, *spent])} |")
+    print()
+
+
 def measure(options: argparse.Namespace, folder: Path, way: str, metric: str, sequences: int) -> dict[str, Any]:
     """Run one case in a process of its own."""
     command = [sys.executable, __file__, "--case", way, "--folder", str(folder), "--metric", metric]
     command += ["--sequences", str(sequences), "--threads", str(options.threads)]
+    command += [] if options.preset is None else ["--preset", options.preset]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
-    return {"way": way, "metric": metric, "weights": weights, **found}
+    asked = {"metric": metric} if options.preset is None else {"preset": options.preset}
+    return {"way": way, **asked, "weights": weights, **found}
 
 
 def main() -> None:
@@ -136,6 +163,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--depths", default=",".join(map(str, DEPTHS)))
     parser.add_argument("--metric", default="input,two_sided")
+    parser.add_argument("--preset", help="measure this preset, with its own metric")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--billion", action="store_true")
@@ -145,7 +173,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     output, folder = Path(options.output), Path(options.folder)
     if options.case:
-        print(json.dumps(run(folder, options.case, options.sequences, options.metric)))
+        unirank = {"preset": "unirank", "metric": options.metric}
+        settings = unirank if options.preset is None else {"preset": options.preset}
+        print(json.dumps(run(folder, options.case, options.sequences, settings)))
         return
     known = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.is_file() else []
     if options.table:
@@ -166,14 +196,18 @@ def main() -> None:
         add({"parameters": parameters, "threads": options.threads, **entry})
         shutil.rmtree(place)
         return
-    done = {(entry.get("depth"), entry["way"], entry["metric"], entry.get("width")) for entry in known}
+    done = {
+        (entry.get("depth"), entry["way"], entry.get("preset") or entry["metric"], entry.get("width"))
+        for entry in known
+    }
     for depth in map(int, options.depths.split(",")):
         place = folder / f"{options.width}-{depth}"
         subprocess.run([sys.executable, "-c", _build_command(place, options.width, depth, 8192)], check=True)
-        for metric in options.metric.split(","):
+        metrics = options.metric.split(",")
+        for metric in metrics if options.preset is None else metrics[:1]:
             for way in WAYS:
-                wanted = (depth, way, metric, options.width)
-                if wanted not in done and (way != "load" or metric == "input"):
+                wanted = (depth, way, options.preset or metric, options.width)
+                if wanted not in done and (way != "load" or metric == metrics[0]):
                     add(
                         {
                             "depth": depth,

@@ -179,6 +179,7 @@ def run_shape(
         measured=bool(settings.select),
         rounds=int(settings.rounds or 1),
         refitted=settings.feedback == "anchored",
+        streamed=getattr(find_callback(trainer, LowRankCompression), "workspace", None) is not None,
     )
 
 

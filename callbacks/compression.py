@@ -19,7 +19,7 @@ from lowrank_lit import distributed
 from lowrank_lit.cache import kept_record, load_compression, save_compression
 from lowrank_lit.callbacks._shared import calibration_text, callbacks_of
 from lowrank_lit.collection import require_finite_weights
-from lowrank_lit.compress import CompressionResult, compress, fingerprint
+from lowrank_lit.compress import CompressionResult, compress, fingerprint, working_in
 from lowrank_lit.errors import ExportError, ModelError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.memory import stage as memory_stage
@@ -27,7 +27,9 @@ from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.module import model_of
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.report import data_hash
+from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import DEFAULT_PRESET, MIN_RANK, Settings
+from lowrank_lit.streaming import paged
 from lowrank_lit.surgery import stored_bytes
 
 _OTHER_PLAN = (
@@ -78,6 +80,9 @@ class LowRankCompression(pl.Callback):
         nested: Whether the saved model can be loaded at smaller keep ratios.
         batches: Calibration batches as :func:`lowrank_lit.compress` takes them; by default the datamodule's
             ``calibration_batches()``.
+        workspace: Folder on a disk for what waits between the stages, so that memory holds one block at a time of a
+            model whose weights are mapped from their files, see :func:`lowrank_lit.compress`; None keeps all in
+            memory. The result is the same. A relative path is relative to the current folder.
 
     Attributes:
         result: Plan and record, once ``setup`` has run.
@@ -109,6 +114,7 @@ class LowRankCompression(pl.Callback):
         cost_aware: bool = False,
         nested: bool = False,
         batches: Sequence[Any] | None = None,
+        workspace: str | None = None,
     ) -> None:
         super().__init__()
         self._settings = Settings(
@@ -132,6 +138,7 @@ class LowRankCompression(pl.Callback):
             nested=nested,
         )
         self.batches = batches
+        self.workspace = workspace
         self.result: CompressionResult | None = None
         self.started: float | None = None
         self._model: nn.Module | None = None
@@ -172,6 +179,8 @@ class LowRankCompression(pl.Callback):
         self._guard = None
 
     def _compress_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
+        with distributed.together("the workspace"), working_in(self.workspace, model):
+            pass  # one that cannot be written to is refused before anything is computed
         batches = self._batches(trainer)
         require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
         identity = fingerprint(model, batches, self._settings)
@@ -214,7 +223,7 @@ class LowRankCompression(pl.Callback):
         kept = distributed.agreed("the kept record", kept_record(root / "compressed", identity) or {})
         same_text = "perplexity" in kept and kept.get("evaluation_hash") == text
         # Before the factors are taken from disk, for they replace the dense model.
-        dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else measure(trainer, model)
+        dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else self._measured(trainer, model)
         result = load_compression(root / "compressed", model, identity)
         if result is None:
             with memory_stage("compress"):
@@ -223,6 +232,7 @@ class LowRankCompression(pl.Callback):
                     batches,
                     device=trainer.strategy.root_device,
                     resume=root / "compressed",
+                    workspace=self.workspace,
                     **self.settings(),
                 )
         else:
@@ -230,12 +240,17 @@ class LowRankCompression(pl.Callback):
             result.record["from_cache"] = True  # its seconds are those of the run that computed it
             if same_text:
                 return result
-        compressed, second = measure(trainer, model)
+        compressed, second = self._measured(trainer, model)
         result.record["perplexity"] = {"dense": dense, "compressed": compressed}
         result.record["evaluation_hash"] = text
         result.record["seconds"]["evaluate"] = first + second
         self._keep(trainer, model, result, root)
         return result
+
+    def _measured(self, trainer: pl.Trainer, model: nn.Module) -> tuple[float | None, float]:
+        """:func:`measure`, with one block of mapped weights in memory at a time where there is a workspace."""
+        with paged([] if self.workspace is None else find_repeating_blocks(model)):
+            return measure(trainer, model)
 
     def _keep(self, trainer: pl.Trainer, model: nn.Module, result: CompressionResult, root: Path) -> None:
         """Write what was computed, so that a later run, or this one after an accident, need not compute it again."""

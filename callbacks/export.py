@@ -116,7 +116,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """
     with torch.no_grad():
         for name, weight in model.state_dict().items():
-            if weight.is_floating_point() and weight.dtype != dtype:  # one mapped from a file is not written to
+            if weight.is_floating_point() and weight.dtype != dtype:  # writing to a mapped one would copy it
                 rounded = weight.to(dtype).to(weight.dtype)
                 if bool(torch.isinf(rounded).any()) and not bool(torch.isinf(weight).any()):
                     raise ExportError(f"'{name}' has values beyond {dtype}; choose a wider ExportOnFitEnd.dtype")

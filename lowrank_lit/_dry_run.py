@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def dry_run_report(
     lines = [
         f"Configuration: {origin}",
         *_counts(size, run),
-        *_compression_line(options, backward=run.backward),
+        *_compression_line(options, run),
         "",
         _items_table(items),
         "",
@@ -274,7 +275,7 @@ def _by_gpus(size: ModelSize, run: RunShape, counts: Sequence[int]) -> list[str]
 
 def _ways(size: ModelSize, run: RunShape, gpus: int) -> dict[tuple[str, str], list[Item]]:
     """Items by stage and way of doing it."""
-    whole = estimate(size, run)
+    whole = estimate(size, replace(run, streamed=False))
     found: dict[tuple[str, str], list[Item]] = {}
     for item in whole:
         if item.stage != "recover":
@@ -301,13 +302,13 @@ def _operations(count: float, rate: float | None) -> str:
     return f"{count:.2e} ({seconds / size:.1f} {unit})"
 
 
-def _compression_line(options: Settings | None, *, backward: bool) -> list[str]:
+def _compression_line(options: Settings | None, run: RunShape) -> list[str]:
     if options is None:
         return []
     passes = (
         "forward and backward passes of the whole model on the device"
-        if backward
-        else "forward passes, one block at a time on the device"
+        if run.backward and not run.streamed
+        else f"{'forward and backward' if run.backward else 'forward'} passes, one block at a time on the device"
     )
     made = f"metric {options.metric}, allocator {options.allocator}, feedback {options.feedback}"
     return [f"Compression: {made}; calibration takes {passes}"]

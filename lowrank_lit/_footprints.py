@@ -120,6 +120,7 @@ class RunShape:
         rounds: Rounds of statistics, of which those after the first are of the compressed model.
         refitted: Whether every block is fitted to the dense one's outputs.
         compressed: Whether there is a compression before the fit.
+        streamed: Whether the compression has a workspace, and goes one block at a time.
         refined: Whether the factors of one block after the other are trained before the fit.
         reallocated: Share that is kept after a re-allocation during the fit, ``None`` without one.
         training_batches: Whether batches of the training are of the same shape; if it is not known, nothing that grows
@@ -143,6 +144,7 @@ class RunShape:
     rounds: int = 1
     refitted: bool = False
     compressed: bool = True
+    streamed: bool = False
     refined: bool = False
     reallocated: float | None = None
     training_batches: bool = True

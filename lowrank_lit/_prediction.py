@@ -14,7 +14,7 @@ from torch import nn
 
 from lowrank_lit._tables import table
 from lowrank_lit.allocation import budget_of
-from lowrank_lit.compress import fingerprint
+from lowrank_lit.compress import fingerprint, working_in
 from lowrank_lit.errors import GradientError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.experts import ExpertsApart
@@ -47,21 +47,24 @@ class PredictedPlan:
 
 
 def predicted_plan(
-    model: nn.Module, batches: Sequence[Any], settings: Settings, *, device: torch.device | str | None = None
+    model: nn.Module,
+    batches: Sequence[Any],
+    settings: Settings,
+    *,
+    device: torch.device | str | None = None,
+    workspace: str | Path | None = None,
 ) -> PredictedPlan:
     """Plan and curve from one calibration pass; the model is left as it is.
 
     Raises:
         LowRankError: As :func:`lowrank_lit.plan_ranks`.
     """
-    with ExpertsApart(model) as apart:
-        return _predicted(model, batches, settings, device, apart)
+    with working_in(workspace, model) as space, ExpertsApart(model) as apart:
+        study = Study(model, batches, targets=settings.targets, device=device, workspace=space)
+        return _predicted(study, settings, apart)
 
 
-def _predicted(
-    model: nn.Module, batches: Sequence[Any], settings: Settings, device: torch.device | str | None, apart: ExpertsApart
-) -> PredictedPlan:
-    study = Study(model, batches, targets=settings.targets, device=device)
+def _predicted(study: Study, settings: Settings, apart: ExpertsApart) -> PredictedPlan:
     reason = _no_prediction(settings)
     if not reason:
         budget_of(specs_of(study.targets, settings), settings.keep_ratio)  # before the pass, as the draft would
@@ -71,7 +74,7 @@ def _predicted(
             reason = f"no gradients: {error}"
     plan = study.draft(settings).plan
     with apart.undone():
-        plan = replace(plan, fingerprint=fingerprint(model, study.batches, settings))
+        plan = replace(plan, fingerprint=fingerprint(study.model, study.batches, settings))
     if reason:
         return PredictedPlan(plan, plan.metric, reason=reason)
     points = study.curve(settings, sorted({*RATIOS, settings.keep_ratio}))

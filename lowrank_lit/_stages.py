@@ -137,7 +137,11 @@ def plan(
     batches = cli.datamodule.calibration_batches()
     cli.model.configure_model()
     planned = predicted_plan(
-        cli.model.model, batches, Settings(**compression.settings()), device=cli.trainer.strategy.root_device
+        cli.model.model,
+        batches,
+        Settings(**compression.settings()),
+        device=cli.trainer.strategy.root_device,
+        workspace=compression.workspace,
     )
     _print_plan(planned.plan)
     target = Path(path) if path else Path(cli.trainer.default_root_dir) / "plan.json"

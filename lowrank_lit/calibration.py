@@ -25,7 +25,7 @@ from lowrank_lit.gradients import (
     require_next_token_model,
 )
 from lowrank_lit.linalg import require_finite
-from lowrank_lit.paging import Workspace, release
+from lowrank_lit.paging import Shelf, Workspace, release
 from lowrank_lit.residual import BlockCosine, find_repeating_blocks
 from lowrank_lit.statistics import (
     BACKWARD_MOMENTS,
@@ -195,14 +195,15 @@ def _run_blocks(
     collector: Collector,
     device: torch.device | str | None,
 ) -> None:
+    shelf = Shelf(collector.workspace, [call.states.nbytes for call in calls], copies=2)
     progress = tqdm(blocks, desc="calibrating", unit="block", disable=None, leave=False)
     for index, (_, block) in enumerate(progress):
         with moved(block, device) as place, collector.on(layers_inside(collector.layers, block)):
-            for call, batch in zip(calls, batches, strict=True):
+            for number, (call, batch) in enumerate(zip(calls, batches, strict=True)):
                 with collector.batch(batch, place):
                     call.step(block, index, place)
+                call.hidden = shelf.put(number, call.states)
         if collector.workspace is not None:
-            _put_away(calls, collector.workspace)
             release(block.parameters())
 
 
@@ -218,17 +219,21 @@ def _run_blocks_back(
     """A forward and a backward, both one block at a time; what each block was fed waits in the workspace."""
     assert collector.workspace is not None
     assert collector.gradients is not None
+    shelf = Shelf(collector.workspace, [call.states.nbytes for call in calls], copies=3)
+    for number, call in enumerate(calls):
+        call.hidden = shelf.put(number, call.states)
     fed: list[list[Tensor]] = []
     for index, (_, block) in enumerate(tqdm(blocks, desc="forward", unit="block", disable=None, leave=False)):
-        _put_away(calls, collector.workspace, beside=sum(state.nbytes for states in fed for state in states))
-        fed.append([call.states for call in calls])
+        fed.append([])
         with moved(block, device) as place:
-            for call in calls:
-                call.hidden = call.run(block, index, call.states, place)
+            for number, call in enumerate(calls):
+                fed[index].append(shelf.put_away(number, call.states))
+                call.hidden = shelf.put(number, call.run(block, index, call.states, place))
+                release([fed[index][number]])
         release(block.parameters())
     gradients = []
     with moved_around(model, blocks, device) as place:
-        for call, batch in zip(calls, batches, strict=True):
+        for number, (call, batch) in enumerate(zip(calls, batches, strict=True)):
             states = call.states.detach().to(place).requires_grad_()
             call.hidden = None
             if not bool(torch.isfinite(states).all()):  # the loss would speak of the logits alone
@@ -238,7 +243,7 @@ def _run_blocks_back(
             collector.gradients.check_loss(value)
             value.backward()  # type: ignore[no-untyped-call]
             assert states.grad is not None
-            gradients.append(states.grad)
+            gradients.append(shelf.put(number, states.grad.to(fed[0][number].device)))
     release(model.parameters())
     backwards = tqdm(range(len(blocks) - 1, -1, -1), desc="backward", unit="block", disable=None, leave=False)
     for index in backwards:
@@ -249,26 +254,13 @@ def _run_blocks_back(
                     states = fed[index][number].to(place).detach().requires_grad_()
                     with collector.batch(batch, place):
                         output = call.run(block, index, states, place)
-                    torch.autograd.backward(output, gradients[number])
+                    torch.autograd.backward(output, gradients[number].to(output.device))
                 assert states.grad is not None
-                gradients[number] = states.grad
+                gradients[number] = shelf.put(number, states.grad.to(fed[index][number].device))
+                release([fed[index][number]])
                 call.forget(index)
         fed.pop()
         release(block.parameters())
-
-
-def _put_away(calls: Sequence[BlockCalls], workspace: Workspace, beside: int = 0) -> None:
-    """Move hidden states into the workspace, as many batches as are over its budget for them.
-
-    Args:
-        calls: Whose states.
-        workspace: Its ``budget`` counts.
-        beside: Bytes of other states.
-    """
-    for call in calls:
-        beside += call.states.nbytes
-        if beside > workspace.budget:
-            call.hidden = workspace.keep({"states": call.states})["states"]
 
 
 def _blame(blocks: Sequence[Block], fed: Sequence[Sequence[Tensor]], last: Tensor) -> None:

@@ -210,10 +210,11 @@ class Collection:
             path: How far on the straight line from the dense weights, 0, to the compressed ones, 1.
         """
         originals = {id(layer): dense_weight(layer).detach() for layer in self.layers.values()}
-        between = {
-            name: torch.lerp(originals[id(self.layers[name])].to(weight), weight, path)
-            for name, weight in weights.items()
-        }
+        between = {}
+        for name, weight in weights.items():
+            own = originals[id(self.layers[name])]
+            between[name] = self._put_weight(name, torch.lerp(own.to(weight), weight, path))
+            self._release(own, weight)
         with substituted(self.layers, between):
             calibration = self._calibrate(settings.moments, "importance" in settings.needs, settings.labels, originals)
         found = self._decompose(settings, calibration)
@@ -235,7 +236,7 @@ class Collection:
                 own = dense_weight(self.layers[spec.name])
                 # All matrices at once, as many bytes as the model has: computed in float64, kept in its dtype.
                 cut = _truncated(spectra[spec.name], own.to(self.device), rank).to(own)
-                found[spec.name] = self._put({"cut": cut})["cut"]
+                found[spec.name] = self._put_weight(spec.name, cut)
                 self._release(own, *spectra[spec.name].tensors().values())
         return found
 
@@ -255,7 +256,16 @@ class Collection:
         weights = self.weights(specs, evidence.spectra, ranks)
         # Blocks are fitted one after the other: where processes cooperate, each does it all, from the same numbers.
         with distributed.together("refitting"):
-            found = anchored_refit(self.model, self.batches, self.layers, weights, statistics, fit, device=self.device)
+            found = anchored_refit(
+                self.model,
+                self.batches,
+                self.layers,
+                weights,
+                statistics,
+                fit,
+                device=self.device,
+                workspace=self.workspace,
+            )
         if found is None:
             note = f"feedback='anchored' was left out: {self._no_refit()}"
             warn_caller(note)
@@ -317,10 +327,16 @@ class Collection:
         """Statistics of the model as it is at present; ``originals`` are its dense weights, by the layer's id."""
         started = time.perf_counter()
 
+        asked: list[Tensor] = []
+
         def weight_of(layer: nn.Module) -> Tensor:
-            return (
-                dense_weight(layer) if originals is None else originals[id(layer)].to(next(layer.parameters()).device)
-            )
+            if originals is None:
+                return dense_weight(layer)
+            own = originals[id(layer)]
+            if not asked or asked[0] is not own:  # layers are asked for in turn; that of before was read
+                self._release(*asked)
+                asked[:] = [own]
+            return own.to(next(layer.parameters()).device)
 
         found = calibrate(
             self.model,
@@ -343,6 +359,15 @@ class Collection:
     def _put(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Where tensors wait: in the workspace, if there is one."""
         return tensors if self.workspace is None else self.workspace.keep(tensors)
+
+    def _put_weight(self, name: str, weight: Tensor) -> Tensor:
+        """A weight ``(rows, columns)`` of a layer, where it waits; it lies there as the layer stores its own, so that
+        it can stand in for that without a copy."""
+        if self.workspace is None:
+            return weight
+        turned = dense_weight(self.layers[name]) is not self.layers[name].weight
+        kept = self.workspace.keep({"weight": weight.mT if turned else weight})["weight"]
+        return kept.mT if turned else kept
 
     def _release(self, *tensors: Tensor) -> None:
         """Drop from memory what is mapped from files, where memory is short."""

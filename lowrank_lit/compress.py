@@ -7,8 +7,8 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,11 @@ def compress(
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
         device: Where to calibrate and factor; ``None`` is where the model is. Statistics of activations alone take one
             block at a time there, those of gradients the whole model (with a workspace, one block at a time too).
-        workspace: Folder on a disk for what waits between the stages: statistics, spectra, factors, and hidden states
-            between blocks beyond 1 GiB. Memory then holds one block at a time of a model whose weights are mapped from
-            their files, which is what ``from_pretrained(..., dtype="auto")`` gives. The compressed model's factors are
-            mapped from there too; the files vanish with them. ``None`` keeps all in memory.
+        workspace: Folder on a disk for what waits between the stages: statistics, spectra, candidates, predictions,
+            factors, and hidden states between blocks beyond 1 GiB. Memory then holds one block at a time of a model
+            whose weights are mapped from their files, which is what ``from_pretrained(..., dtype="auto")`` gives. The
+            compressed model's factors are mapped from there too; the files vanish with them. ``None`` keeps all in
+            memory.
         resume: Folder in which the statistics of the dense model are kept for a run that is interrupted after them: the
             next one with the same model, text and settings goes on from there. :func:`lowrank_lit.cache.
             save_compression` removes them. ``None`` keeps none.
@@ -106,11 +107,7 @@ def compress(
         NonFiniteError: If weights or activations are NaN or infinite; names the layer.
     """
     chosen = settings_of(keep_ratio, settings)
-    with ExitStack() as stack:
-        space = None if workspace is None else stack.enter_context(closing(Workspace(workspace)))
-        if space is not None:
-            stack.enter_context(paged(find_repeating_blocks(model)))
-        apart = stack.enter_context(ExpertsApart(model))
+    with working_in(workspace, model) as space, ExpertsApart(model) as apart:
         study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
         with apart.undone():
             identity = fingerprint(model, study.batches, chosen)
@@ -125,6 +122,21 @@ def compress(
 
         attach(model, draft.plan)  # the model's own save_pretrained then writes the plan
     return CompressionResult(draft.plan, distributed.agreed("the record", _record(study, draft, before)))
+
+
+@contextmanager
+def working_in(workspace: str | Path | None, model: nn.Module) -> Iterator[Workspace | None]:
+    """A workspace in a folder for the time of the context, in which a forward of the model holds one block of mapped
+    weights at a time; ``None`` for ``None``.
+
+    Raises:
+        LowRankError: If the folder cannot be made or written to.
+    """
+    if workspace is None:
+        yield None
+        return
+    with closing(Workspace(workspace)) as space, paged(find_repeating_blocks(model)):
+        yield space
 
 
 def settings_of(keep_ratio: float, settings: Mapping[str, Any]) -> Settings:
@@ -148,14 +160,16 @@ def plan_ranks(
     *,
     keep_ratio: float,
     device: torch.device | str | None = None,
+    workspace: str | Path | None = None,
     **settings: Any,
 ) -> RankPlan:
     """The plan that :func:`compress` would follow, with the model left as it is; arguments and errors as there."""
     chosen = settings_of(keep_ratio, settings)
-    with ExpertsApart(model):
-        study = Study(model, batches, targets=chosen.targets, device=device)
+    with working_in(workspace, model) as space, ExpertsApart(model) as apart:
+        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
         plan = study.draft(chosen).plan
-    return replace(plan, fingerprint=fingerprint(model, study.batches, chosen))
+        with apart.undone():
+            return replace(plan, fingerprint=fingerprint(model, study.batches, chosen))
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) -> str:

@@ -36,6 +36,7 @@ from lowrank_lit._footprints import (
     vector_bytes,
     workspace_bytes,
 )
+from lowrank_lit.paging import BUDGET
 from lowrank_lit.refit import HELD_OUT
 
 Place = Literal["device", "host", "disk"]
@@ -105,7 +106,7 @@ def estimate(size: ModelSize, run: RunShape) -> list[Item]:
     largest = size.vocabulary * size.hidden * (run.weight_bytes + 2)
     teacher = dense if run.recovery and run.recovery.teacher else 0  # stays to the end
     return [
-        *(_compression(size, run) if run.compressed else []),
+        *(streamed(size, run) if run.streamed else _compression(size, run) if run.compressed else []),
         *(_reallocation(size, run) if run.reallocated is not None else []),
         *(_refinement(size, run) if run.refined else []),
         *(_recovery(size, run, run.recovery) if run.recovery else []),
@@ -185,13 +186,14 @@ def over_gpus(items: Iterable[Item], size: ModelSize, run: RunShape, gpus: int, 
 
 
 def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
-    """Calibration, feedback and factoring where one block is in memory at a time: weights are read from the files,
-    inputs of blocks wait on the host in the weights' type, and every process takes its share of the text and of the
-    matrices.
+    """Calibration, feedback and factoring with a workspace, where one block is in memory at a time: weights are read
+    from the files, hidden states between two blocks wait on the host in the weights' type, beyond the workspace's
+    budget on its disk, and every process takes its share of the text and of the matrices.
 
     On the device that is one block, its statistics and one batch, whatever the depth. A backward pass goes from block
     to block, each computed again from its inputs, which wait on the disk, as statistics and singular vectors do until
-    there are ranks. Items of the device and the host are of one process, those of the disk of all.
+    there are ranks, and candidates and predictions until they are measured. Items of the device and the host are of one
+    process, those of the disk of all.
     """
     if not run.compressed:
         return []
@@ -202,35 +204,51 @@ def streamed(size: ModelSize, run: RunShape, gpus: int = 1) -> list[Item]:
     passing = run.tokens * block_width(size) * run.weight_bytes
     activations = backward_bytes(size, run) // size.blocks if run.backward else passing
     head = size.vocabulary * size.hidden * run.weight_bytes + logit_bytes(size, run, backward=True)
-    beyond = max(0, head - weights - statistics - activations) if run.backward else 0
+    beyond = max(0, head - weights - statistics - activations) if run.backward or run.measured else 0
     factors = (kept_parameters(size, run.keep_ratio) - size.parameters + size.target_parameters) * run.weight_bytes
     both = run.measured or run.rounds > 1 or run.refitted
-    held = int(HELD_OUT * text) * size.vocabulary * 2 if run.measured else 0
-    copies = (("weights of one block", weights), ("statistics of one block, float64", statistics))
+    held = gpus * int(HELD_OUT * text) * size.vocabulary * 2 if run.measured else 0
+    vectors = vector_bytes(size, components=run.components)
+    targets = size.target_parameters * run.weight_bytes
+    one: tuple[_Row, ...] = (
+        ("device", "weights of one block", weights),
+        ("device", "statistics of one block, float64", statistics),
+    )
+    between = (3 if run.backward else 2) * text * inputs
+    compared = max(
+        4 * text * inputs if run.refitted else 0,
+        between if run.rounds > 1 else 0,
+        2 * int(HELD_OUT * text) * inputs if run.measured else 0,
+    )
     return [
         *_stage(
             "calibrate",
-            ("host", "inputs of one block", text * inputs),
-            ("host", "gradients of its outputs", text * inputs if run.backward else 0),
+            *one,
+            ("host", "hidden states before and after one block", min(BUDGET, between)),
             ("device", "activations of one batch in one block", activations),
-            ("device", "head and logits of one batch, beyond that", beyond),
+            ("device", "head and logits of one batch, beyond that", beyond if run.backward else 0),
             ("disk", "inputs of all blocks", gpus * text * inputs * size.blocks if run.backward else 0),
+            ("disk", "hidden states beyond the host's", gpus * max(0, between - BUDGET)),
             ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
-            copies=copies,
         ),
         *_stage(
             "feedback",
-            ("host", "inputs of one block of both models", 3 * text * inputs if both else 0),
-            ("host", "predictions on held-out sequences, float16", held),
+            *(one if both else ()),
+            ("host", "hidden states before and after one block of both models", min(BUDGET, compared)),
+            ("disk", "hidden states beyond the host's", gpus * max(0, compared - BUDGET)),
+            ("disk", "predictions on held-out sequences, float16", held),
+            ("disk", "compressed target matrices, twice", 2 * targets if both else 0),
+            ("disk", _STATISTICS, statistics_bytes(size, run.moments) if run.rounds > 1 else 0),
+            ("disk", "singular vectors of two further rounds, float32", 2 * vectors if run.rounds > 1 else 0),
             ("device", "one block of the compressed model", weights if both else 0),
             ("device", "activations of one batch in one block", activations if both else 0),
-            copies=copies if both else (),
+            ("device", "head and logits of one batch, beyond that", beyond if both else 0),
         ),
         *_stage(
             "factor",
             ("host", "factors of one block", factors // size.blocks),
             ("disk", _STATISTICS, statistics_bytes(size, run.moments)),
-            ("disk", "singular vectors of all targets, float32", vector_bytes(size, components=run.components)),
+            ("disk", "singular vectors of all targets, float32", vectors),
             ("device", "decomposition of the largest matrix, float64", workspace_bytes(size)),
             ("disk", "factors, kept for a later run", factors),
         ),

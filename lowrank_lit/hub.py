@@ -64,6 +64,7 @@ from lowrank_lit.weights import (
     check_weights,
     expect_guard,
     fit_names,
+    one_by_one,
     read_truncated,
     renaming_of,
     weights_to_save,
@@ -270,7 +271,8 @@ def export(
     weights = weights_to_save(model, plan, stored)
     config = _config_to_save(model, plan, stored)
     with atomic_folder(target) as partial, _unchanged_config(model):
-        model.save_pretrained(partial, state_dict=weights)
+        with one_by_one():
+            model.save_pretrained(partial, state_dict=weights)
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lit.collector import Calibration
+from lowrank_lit.paging import release, save_tensors
 from lowrank_lit.statistics import LayerStatistics, tensors_of
 
 CALIBRATION_FILE = "calibration.safetensors"
@@ -31,6 +32,7 @@ def content_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         raw: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         digest.update(raw)
+        release([tensor])
     return digest.hexdigest()
 
 
@@ -38,15 +40,13 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write tensors, metadata and the hash of both; the file is complete or is not there.
 
     Raises:
-        OSError: If the disk is full or read-only; or safetensors' own error.
+        OSError: If the disk is full or read-only.
     """
-    from safetensors.torch import save_file
-
     partial = file.with_name(f"{file.name}.part")
     try:
-        # One entry alone: safetensors writes several in a random order, and the same file is to have the same bytes.
+        # One entry alone, which any writer of the format puts down with the same bytes.
         values = {**metadata, _CONTENT: content_hash(tensors, metadata)}
-        save_file(dict(tensors), partial, {_METADATA: json.dumps(values, sort_keys=True)})
+        save_tensors(partial, tensors, {_METADATA: json.dumps(values, sort_keys=True)})
         os.replace(partial, file)
     finally:
         with suppress(OSError):

@@ -25,8 +25,9 @@ from tqdm.auto import tqdm
 
 from lowrank_lit.linalg import damp, dual_roots, require_finite, to_double
 from lowrank_lit.metrics import GRADIENT_SHRINKAGE
+from lowrank_lit.paging import Shelf, Workspace, release
 from lowrank_lit.residual import find_repeating_blocks
-from lowrank_lit.statistics import LayerStatistics, MomentSum, full_float32, real_tokens, widen
+from lowrank_lit.statistics import LayerStatistics, MomentSum, full_float32, real_tokens, tensors_of, widen
 from lowrank_lit.streaming import (
     Batch,
     BlockCalls,
@@ -63,7 +64,7 @@ class AnchoredRefit:
     """Result of :func:`anchored_refit`.
 
     Attributes:
-        factors: New factors of every layer whose block was fitted, on the CPU.
+        factors: New factors of every layer whose block was fitted, on the CPU, or mapped from the workspace.
         betas: The weight chosen for each block, by block name; ``None`` where its factors were kept.
         passes: Forward passes, in units of the whole calibration text.
     """
@@ -96,6 +97,7 @@ def substituted(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) 
             turned = dense_weight(layers[name]) is not parameter  # Conv1D stores (columns, rows)
             value = (weight.mT if turned else weight).to(parameter.device, parameter.dtype).contiguous()
             require_finite(value, f"the compressed weight of layer '{name}'")
+            release([value])
             own.append((parameter, parameter.data))
             parameter.data = value
         yield
@@ -114,6 +116,7 @@ def anchored_refit(
     *,
     betas: Sequence[float] = BETAS,
     device: torch.device | str | None = None,
+    workspace: Workspace | None = None,
 ) -> AnchoredRefit | None:
     """Fit the factors of every block, in order, to the outputs of the dense model on the inputs that they really get.
 
@@ -128,6 +131,8 @@ def anchored_refit(
         fit: Truncates a target weight given its statistics, on the device.
         betas: Mixing weights to try.
         device: Where to compute; ``None`` is where the model is.
+        workspace: Where new factors, and hidden states beyond its budget, wait; ``None`` keeps all in memory. What is
+            mapped from files is dropped from memory after each block.
 
     Returns:
         ``None`` where the model's blocks are no chain, or there is nothing to hold out. A layer whose inputs in the two
@@ -143,21 +148,34 @@ def anchored_refit(
         calls = capture_calls(model, blocks, batches)
         if calls is None:
             return None
-        streams = _Streams(calls, batches)
+        streams = _Streams(calls, batches, workspace)
         share = len(streams.held) / len(batches)
         result = AnchoredRefit({}, {}, 3 + share * (1 + len(betas)))
         for index, (name, block) in enumerate(tqdm(blocks, desc="fitting", unit="block", disable=None, leave=False)):
+            inside = layers_inside(layers, block)
             with moved(block, device) as place:
                 stage = _Stage(index, block, layers_inside({key: layers[key] for key in weights}, block), place)
                 own = {key: weights[key] for key in stage.layers}
-                root = _output_root(streams, stage, layers_inside(layers, block), statistics)
+                root = _output_root(streams, stage, inside, statistics)
                 found = _fit_block(streams, stage, own, statistics, root, fit, betas)
                 streams.advance(stage, found.weights)
             result.betas[name] = found.beta
             for key, factors in found.factors.items():
-                kind = torch.promote_types(dense_weight(layers[key]).dtype, torch.float32)
-                result.factors[key] = (factors[0].to("cpu", kind), factors[1].to("cpu", kind))
+                result.factors[key] = _waiting(factors, dense_weight(layers[key]).dtype, workspace)
+            if workspace is not None:
+                moments = [value for key in inside for value in tensors_of(statistics[key]).values()]
+                release([*block.parameters(), *own.values(), *moments])
     return result
+
+
+def _waiting(factors: tuple[Tensor, Tensor], dtype: torch.dtype, workspace: Workspace | None) -> tuple[Tensor, Tensor]:
+    """Factors for a layer of a dtype, in float32 at least, where they wait for the end of the refit."""
+    kind = torch.promote_types(dtype, torch.float32)
+    outer, inner = (part.to("cpu", kind) for part in factors)
+    if workspace is None:
+        return outer, inner
+    kept = workspace.keep({"outer": outer, "inner": inner})
+    return kept["outer"], kept["inner"]
 
 
 @dataclass(frozen=True)
@@ -183,36 +201,50 @@ class _Candidate:
 class _Streams:
     """Hidden states of the dense and of the compressed model between two blocks, for every batch."""
 
-    def __init__(self, calls: Sequence[BlockCalls], batches: Sequence[Batch]) -> None:
+    def __init__(
+        self, calls: Sequence[BlockCalls], batches: Sequence[Batch], workspace: Workspace | None = None
+    ) -> None:
         self.calls = calls
         self.masks = [real_positions(batch) for batch in batches]
-        self.dense = [cast(Tensor, call.hidden) for call in calls]
+        # Before and after a block, of the dense and of the compressed model.
+        self.shelf = Shelf(workspace, [call.states.nbytes for call in calls], copies=4)
+        self.dense = [self.shelf.put(number, call.states) for number, call in enumerate(calls)]
+        for call in calls:
+            call.hidden = None
         self.compressed = list(self.dense)
         self.after: list[Tensor] = []  # the dense block's outputs
         self.held = held_out(len(calls))
 
     def run(self, stage: _Stage, number: int, hidden: Tensor) -> Tensor:
         """What the block as it is returns for hidden states of a batch."""
-        return self.calls[number].run(stage.block, stage.index, hidden, stage.place)
+        output = self.calls[number].run(stage.block, stage.index, hidden, stage.place)
+        self.shelf.leave(number, hidden)
+        return output
 
-    def outputs(self, stage: _Stage, weights: Mapping[str, Tensor], numbers: Sequence[int]) -> list[Tensor]:
-        """What the block with these weights returns for the compressed model's hidden states of some batches."""
+    def outputs(
+        self, stage: _Stage, weights: Mapping[str, Tensor], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """What the block with these weights returns for the compressed model's hidden states of some batches, with
+        their numbers."""
         with substituted(stage.layers, weights):
-            return [self.run(stage, number, self.compressed[number]) for number in numbers]
+            for number in numbers:
+                yield number, self.run(stage, number, self.compressed[number])
 
     def error(self, stage: _Stage, weights: Mapping[str, Tensor], root: Tensor | None) -> float:
         """Squared distance of the block's output from the dense one's over the held-out tokens, in the norm of
         ``root root^T``."""
         total = 0.0
-        for number, output in zip(self.held, self.outputs(stage, weights, self.held), strict=True):
+        for number, output in self.outputs(stage, weights, self.held):
             wide = widen(real_tokens(output - self.after[number], self.masks[number]))
+            self.shelf.leave(number, self.after[number])
             wide = wide if root is None else wide @ root.to(wide)
             total += float(wide.square().sum(dtype=torch.float64))
         return total
 
     def advance(self, stage: _Stage, weights: Mapping[str, Tensor]) -> None:
         """Both models go on to the next block."""
-        self.compressed = self.outputs(stage, weights, range(len(self.calls)))
+        for number, output in self.outputs(stage, weights, range(len(self.calls))):
+            self.compressed[number] = self.shelf.put(number, output)
         self.dense, self.after = self.after, []
         for call in self.calls:
             call.arguments[stage.index] = ((), {})
@@ -302,9 +334,10 @@ def _paired_moments(streams: _Streams, stage: _Stage, weights: Mapping[str, Tens
             hooks.callback(layer.register_forward_pre_hook(inputs.hook(name)).remove)
         streams.after = []
         for number, hidden in enumerate(streams.dense):
-            streams.after.append(streams.run(stage, number, hidden))
+            streams.after.append(streams.shelf.put(number, streams.run(stage, number, hidden)))
             dense = inputs.take(hidden)
-            streams.outputs(stage, weights, [number])
+            for _ in streams.outputs(stage, weights, [number]):
+                pass
             compressed, mask = inputs.take(hidden), streams.masks[number]
             both = [name for name in stage.layers if name in dense and name in compressed]
             unpaired.update(stage.layers.keys() - both)

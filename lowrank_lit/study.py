@@ -133,6 +133,8 @@ class Study:
         costs = self.collection.costs = Costs()
         specs = specs_of(self.targets, settings)
         budget_of(specs, settings.keep_ratio)  # before the hours of calibration, not after them
+        if self.workspace is not None:  # the vectors of all components that a plan may keep wait for it together
+            self.workspace.require(sum(4 * spec.rows * spec.break_even for spec in specs))
         settings, first, notes = self.collection.first(settings)
         judge, more = self._judge() if settings.select else (None, ())
         notes += more
@@ -287,7 +289,7 @@ class Study:
         started, costs = time.perf_counter(), self.collection.costs
         if self._kept_judge is None:
             try:
-                self._kept_judge = Judge(self.model, self.batches, self.layers, self.device)
+                self._kept_judge = Judge(self.model, self.batches, self.layers, self.device, self.workspace)
             except DataError as error:
                 return None, (f"no candidates were measured: {str(error).rpartition(';')[0]}",)
             costs.passes["forward"] += self._kept_judge.passes

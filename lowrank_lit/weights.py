@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
 from lowrank_lit.experts import SeparateExperts
 from lowrank_lit.folders import read_shapes
+from lowrank_lit.paging import DTYPES, release, save_tensors
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.surgery import apply_plan
 
@@ -244,6 +246,32 @@ def _skeleton(model: PreTrainedModel, plan: RankPlan | None) -> PreTrainedModel:
     return skeleton
 
 
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """For the time of the context transformers writes weight files one tensor at a time.
+
+    Its own writer leaves all that it has read of mapped weights in memory, and it has no setting for another one.
+    """
+    from transformers import modeling_utils
+
+    name = "safe_save_file"
+    own: Any = getattr(modeling_utils, name, None)
+
+    def write(tensors: Mapping[str, Tensor], file: str, metadata: Mapping[str, str] | None = None) -> None:
+        if all(tensor.dtype in DTYPES for tensor in tensors.values()):
+            save_tensors(file, tensors, metadata)
+        else:
+            own(tensors, file, metadata=metadata)
+
+    if own is not None:  # where a later release writes in another way, nothing but memory is lost
+        setattr(modeling_utils, name, write)
+    try:
+        yield
+    finally:
+        if own is not None:
+            setattr(modeling_utils, name, own)
+
+
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     if tensor.is_meta:
         raise ModelError(f"'{name}' is on the meta device; load the weights before the export")
@@ -251,7 +279,10 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         return tensor
     if not bool(torch.isfinite(tensor).all()):
         raise NonFiniteError(f"'{name}' has a NaN or infinite entry; the model is not exported")
-    cast = tensor if dtype is None else tensor.to(dtype)
+    if dtype is None or dtype == tensor.dtype:
+        release([tensor])
+        return tensor
+    cast = tensor.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise NonFiniteError(
             f"'{name}' reaches {float(tensor.abs().max()):.3g}, more than {dtype} holds; choose a wider dtype"

@@ -18,7 +18,7 @@ from lowrank_lit.callbacks import ExportOnFitEnd, LowRankCompression, RankPreser
 from lowrank_lit.compress import compress
 from lowrank_lit.corpus import embedded_text
 from lowrank_lit.data import TextDataModule
-from lowrank_lit.errors import BudgetError, DataError, ExportError, PlanError
+from lowrank_lit.errors import BudgetError, DataError, ExportError, LowRankError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.module import LowRankModule
@@ -414,3 +414,38 @@ def test_a_checkpoint_of_another_plan_is_refused(
         interrupted(trainer_settings, folder, text(), tmp_path / "ckpt", ckpt_path=path, **uniform, **change)
     assert "resume with the recipe that made it" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_workspace_gives_the_same_model(
+    trainer_settings: dict[str, Any],
+    folder: Path,
+    text: Callable[..., TextDataModule],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    modules = {}
+    for workspace in (None, "relative/space"):
+        settings = {**trainer_settings, "max_steps": 0, "default_root_dir": tmp_path / f"run-{workspace is None}"}
+        modules[workspace] = LowRankModule(str(folder), dtype="bfloat16")
+        callback = make_callback(preset="fast", workspace=workspace)
+        pl.Trainer(**settings, callbacks=[callback, ExportOnFitEnd()]).fit(modules[workspace], text())
+    plain, streamed = (module.model.state_dict() for module in modules.values())
+    assert plain.keys() == streamed.keys()
+    assert all(torch.equal(plain[name], value) for name, value in streamed.items())
+    space = tmp_path / "relative" / "space"
+    assert space.is_dir()
+    assert not any(space.iterdir())
+
+
+def test_a_bad_workspace_is_refused_before_anything_is_computed(
+    trainer_settings: dict[str, Any], folder: Path, text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    module = LowRankModule(str(folder))
+    forwards = Forwards(module)
+    callback = make_callback(workspace=str(tmp_path / "file"))
+    with pytest.raises(LowRankError, match=r"^workspace='.*file' cannot be made \(.*\); give a folder on a disk"):
+        pl.Trainer(**trainer_settings, callbacks=[callback]).fit(module, text())
+    assert forwards.count == 0
+    assert not factored(module)

@@ -163,3 +163,22 @@ def test_experts_are_counted(tmp_path: Path) -> None:
     assert "512 matrices of them are targets" in every
     assert "Target matrices (520)" in every
     assert "Layers that share an input could not be found" not in every
+
+
+def test_a_workspace_is_counted(small: Path) -> None:
+    changes = [("LowRankCompression.preset", "best"), ("LowRankCompression.workspace", "/scratch")]
+    whole = report("llama7b_40pct_lora", small, changes[0])
+    streamed = report("llama7b_40pct_lora", small, *changes)
+    assert "forward and backward passes of the whole model" in whole
+    assert "forward and backward passes, one block at a time" in streamed
+    for line in ("weights of one block", "hidden states before and after one block", "inputs of all blocks"):
+        assert line not in whole
+        assert line in streamed
+    by_gpus = {
+        text.partition("Memory of each GPU")[2]
+        for text in (
+            report("llama7b_40pct_lora", small, changes[0], accelerator="cuda"),
+            report("llama7b_40pct_lora", small, *changes, accelerator="cuda"),
+        )
+    }
+    assert len(by_gpus) == 1  # both ways are shown there, whichever the recipe takes

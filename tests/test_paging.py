@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from lowrank_lit import paging
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.memory import resident
-from lowrank_lit.paging import Workspace, give_back, release
+from lowrank_lit.paging import Shelf, Workspace, give_back, release
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="pages are dropped on Linux alone")
 
@@ -129,3 +131,70 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not any(workspace.folder.iterdir())
+
+
+def test_a_workspace_is_refused_where_too_little_is_free(tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path)
+    workspace.require(2**20)
+    with pytest.raises(LowRankError, match=r"workspace='.*' has \d+ MiB free, and \d+ MiB at least .*; free space"):
+        workspace.require(2**60)
+
+
+@pytest.mark.parametrize("dtype", list(paging.DTYPES), ids=str)
+def test_files_are_what_safetensors_reads(tmp_path: Path, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    own = {"a": (100 * torch.rand(3, 5, generator=generator)).to(dtype).T, "b": torch.ones(7, dtype=torch.uint8)}
+    own |= {"empty": torch.empty(0, 3), "number": torch.tensor(2.5, dtype=torch.float64), "again": own["a"]}
+    paging.save_tensors(tmp_path / "file", own, {"key": "value"})
+    with safe_open(tmp_path / "file", framework="pt") as opened:
+        assert opened.metadata() == {"key": "value"}
+        assert set(opened.keys()) == set(own)
+        for key, value in own.items():
+            found = opened.get_tensor(key)
+            assert (found.dtype, found.shape) == (value.dtype, value.shape)
+            assert torch.equal(found, value)
+
+
+@linux
+def test_states_beyond_the_budget_wait_on_the_disk(tmp_path: Path) -> None:
+    states = [torch.full((2**18,), float(number)) for number in range(4)]  # 1 MiB each
+    sizes = [state.nbytes for state in states]
+    for budget, copies, in_memory in ((0, 1, 0), (2 * 2**20, 1, 2), (2 * 2**20, 2, 1), (2**30, 4, 4)):
+        shelf = Shelf(Workspace(tmp_path, budget=budget), sizes, copies=copies)
+        found = [shelf.put(number, state) for number, state in enumerate(states)]
+        assert [own is state for own, state in zip(found, states, strict=True)] == [
+            number < in_memory for number in range(4)
+        ]
+        for number, (own, state) in enumerate(zip(found, states, strict=True)):
+            assert torch.equal(own, state)
+            shelf.leave(number, own)
+            assert torch.equal(own, state)
+    shelf = Shelf(None, sizes)
+    assert all(shelf.put(number, state) is state for number, state in enumerate(states))
+
+
+@linux
+def test_a_disk_that_takes_a_folder_and_no_more_is_refused_at_once(tmp_path: Path) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(LowRankError, match=r"workspace='.*' cannot be made \(File too large\); give a folder"):
+            Workspace(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
+
+
+@linux
+def test_pages_that_neighbours_share_are_dropped_unless_they_were_written_to(tmp_path: Path) -> None:
+    own = {key: torch.randn(5001, generator=torch.Generator().manual_seed(7)) for key in "abc"}
+    found = Workspace(tmp_path).keep(own)
+    assert all(torch.equal(found[key], value) for key, value in own.items())
+    assert release([found["b"]]) > found["b"].nbytes
+    found["a"][-1] = 7.0  # on the page where b begins
+    assert torch.equal(found["b"], own["b"])
+    assert 0 < release([found["b"]]) < found["b"].nbytes
+    assert float(found["a"][-1]) == 7.0
+    assert torch.equal(found["b"], own["b"])
