@@ -126,8 +126,15 @@ def test_a_full_disk_stops_a_compression_that_spills(tmp_path: Path) -> None:
     """Nothing is left on the disk, and what was compressed is the model that it was."""
     model = tiny_model("llama")
     before = copy.deepcopy(model.state_dict())
-    with small_disk(tmp_path / "disk", 2**20) as disk:
-        disk.fill(10_000)
+    with small_disk(tmp_path / "disk", 2**24) as disk:
+        filled: list[int] = []
+
+        def fill(*_: object) -> None:
+            if not filled:
+                disk.fill(10_000)
+                filled.append(1)
+
+        model.model.layers[1].register_forward_pre_hook(fill)  # the room that the start looks for was there
         message = r"workspace='.*disk' cannot take .*; free space there, or give"
         with pytest.raises(LowRankError, match=message) as caught:
             compress(model, batches(n=4), keep_ratio=0.6, preset="fast", workspace=disk.folder)
