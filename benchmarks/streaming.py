@@ -5,6 +5,7 @@ Run from the repository's root:
     python benchmarks/streaming.py             # measure what is missing, a few minutes on two cores
     python benchmarks/streaming.py --preset best --width 384 --threads 1     # the same of the default preset
     python benchmarks/streaming.py --table     # Markdown tables of it
+    python benchmarks/streaming.py --plot benchmarks/streaming.png
     python benchmarks/streaming.py --billion   # 1.1 billion parameters: compress and export, under an hour
 
 Protocol: Llamas of random weights in bfloat16, written to --folder in shards, of --width (MLP 8/3 of it, vocabulary
@@ -143,6 +144,29 @@ def of_preset(entries: list[dict[str, Any]]) -> None:
     print()
 
 
+def plot(entries: list[dict[str, Any]], file: str) -> None:
+    """Peak against depth, a line for every way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for entry in entries:
+        if "depth" in entry and "preset" not in entry:
+            metric = "" if entry["way"] == "load" else f", {entry['metric']}"
+            lines.setdefault(f"{entry['way']}{metric}", []).append((entry["depth"], entry["peak"]))
+    for label, points in lines.items():
+        style = ":" if label == "load" else "--" if label.startswith("in memory") else "-"
+        axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=label)
+    axes.set(xlabel="blocks", ylabel="peak memory, MiB", xscale="log", yscale="log", xticks=DEPTHS)
+    axes.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(file, dpi=150)
+
+
 def measure(options: argparse.Namespace, folder: Path, way: str, metric: str, sequences: int) -> dict[str, Any]:
     """Run one case in a process of its own."""
     command = [sys.executable, __file__, "--case", way, "--folder", str(folder), "--metric", metric]
@@ -169,6 +193,7 @@ def main() -> None:
     parser.add_argument("--billion", action="store_true")
     parser.add_argument("--case", choices=WAYS, help="this case alone, in this process")
     parser.add_argument("--table", action="store_true", help="print the table of the output")
+    parser.add_argument("--plot", metavar="FILE", help="draw the output instead")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     output, folder = Path(options.output), Path(options.folder)
@@ -180,6 +205,9 @@ def main() -> None:
     known = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()] if output.is_file() else []
     if options.table:
         table(known)
+        return
+    if options.plot:
+        plot(known, options.plot)
         return
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -210,6 +210,19 @@ def test_from_a_compressed_model_to_an_export(tmp_path: Path) -> None:
     assert record["reallocation"] == callback.history
 
 
+def test_experts_are_cut_with_the_rest(tmp_path: Path) -> None:
+    """From a dense mixture: experts come apart, and count by the tokens that they get."""
+    own, module = reallocation(0.6), Training("qwen3_moe")
+    fit = trainer(tmp_path, own)
+    fit.fit(module)
+    plan = own.plan
+    assert plan is not None
+    assert sum(".experts." in matrix.name for matrix in plan.matrices) == 12
+    check_applied(module.model, plan)
+    assert target_parameters(module.model, plan) == plan.parameters <= 0.6 * plan.dense_parameters
+    assert torch.isfinite(logits(module.model)).all()
+
+
 def test_adapters_train_and_are_merged_before_the_cut(tmp_path: Path) -> None:
     module, callback, lora, watch = Training(), reallocation(), RankPreservingLoRA(rank=2), Watch()
     trainer(tmp_path, callback, lora, ExportOnFitEnd(), watch).fit(module)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 import lowrank_lit
-from lowrank_lit import compress, export, load, plan_ranks
+from lowrank_lit import add_adapters, compress, export, load, plan_ranks, quantize_factors, refine_blocks
 from lowrank_lit.cache import load_compression, save_compression
 from lowrank_lit.calibration import calibrate
 from lowrank_lit.collection import Collection
@@ -437,6 +437,46 @@ def test_experts_that_no_token_reached_are_factored_by_the_others() -> None:
     assert any("saw fewer tokens" in note for note in result.plan.notes)
     assert sum(isinstance(m, FactoredLinear) for e in experts_in(model) for m in e.modules()) >= 24
     assert torch.isfinite(logits(model)).all()
+
+
+def test_adapters_on_experts_train_and_merge() -> None:
+    model = moe("mixtral")
+    compress(model, DATA, keep_ratio=0.6, **FAST)
+    adapters = add_adapters(model, rank=2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    model(**DATA[0], labels=DATA[0]["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in trained)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.add_(0.01)
+    expected = logits(model.eval())
+    adapters.merge()
+    assert not any("lora" in name for name, _ in model.named_parameters())
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_in_four_bits() -> None:
+    """Factors of experts in NF4; those without tokens multiply nothing."""
+    model = moe("qwen3_moe", hidden_size=128, head_dim=64, moe_intermediate_size=192, num_hidden_layers=1)
+    compress(model, DATA, keep_ratio=0.7, quantum=64, preset="unirank", allocator="uniform")
+    before = logits(model)
+    assert any(isinstance(m, FactoredLinear) for e in experts_in(model) for m in e.modules())
+    quantize_factors(model)
+    adapters = add_adapters(model, rank=2)
+    model.train()
+    model(**DATA[0], labels=DATA[0]["input_ids"]).loss.backward()
+    assert adapters is not None
+    far = float((logits(model.eval()) - before).norm() / before.norm())
+    assert 0 < far < 0.5
+
+
+def test_blocks_of_experts_are_refined() -> None:
+    teacher, model = moe("mixtral"), moe("mixtral")
+    compress(model, DATA, keep_ratio=0.5, **FAST)
+    found = refine_blocks(model, teacher, DATA, epochs=2, learning_rate=3e-3)
+    assert all(after <= before for before, after in found.errors.values())
+    assert any(after < before for before, after in found.errors.values())
 
 
 def test_a_block_that_no_token_reaches_is_an_error() -> None:
