@@ -356,8 +356,9 @@ def _load_truncated(folder: Path, files: list[Path], plan: RankPlan, auto_class:
     config, rest = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **now)
     model_class = _class_for(auto_class, config)
     skeleton = _empty(model_class, config)
-    apply_plan(skeleton, fit_names(plan, skeleton)[0])
-    weights = read_truncated(files, plan, renaming_of(skeleton, skeleton.state_dict()))
+    fitted, _ = fit_names(plan, skeleton)
+    apply_plan(skeleton, fitted)
+    weights = read_truncated(files, fitted, renaming_of(skeleton, skeleton.state_dict()))
     config.quantization_config = LowRankConfig(plan)
     model, loaded = model_class.from_pretrained(
         None, config=config, state_dict=weights, output_loading_info=True, **rest, **later

@@ -39,6 +39,8 @@ PER_LAYER = {  # linear layers of one block
     "phi": 6,
     "opt": 6,
     "bert": 6,
+    "mixtral": 4,  # experts are fused
+    "qwen3_moe": 4,
 }
 
 
