@@ -115,17 +115,18 @@ class SeparateExperts(nn.Module):
         up, down = (getattr(source, name) for name in (_UP[bool(source.has_gate)], _DOWN))
         self.count = int(up.shape[0])
         biases = [getattr(source, f"{name}_bias", None) for name in (_UP[bool(source.has_gate)], _DOWN)]
-        rest = copy.copy(fused)
-        known = {_UP[True], _UP[False], _DOWN}
-        rest._parameters = {
-            name: value for name, value in fused._parameters.items() if name.removesuffix("_bias") not in known
-        }
-        rest._modules, rest._buffers = dict(fused._modules), dict(fused._buffers)
-        # No child: transformers initialises modules by their class, and would look for the matrices in this one. What
-        # it holds is registered here instead; the modules are the same.
-        self.__dict__["rest"] = rest
+        for name, parameter in fused._parameters.items():
+            if name.removesuffix("_bias") not in (_UP[True], _UP[False], _DOWN):
+                self.register_parameter(name, parameter)
+        for name, buffer in fused._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in fused._non_persistent_buffers_set)
         for name, module in fused._modules.items():
             self.add_module(name, module)
+        # No child: transformers initialises modules by their class, and would look for the matrices in this one. What
+        # it holds is registered here, and follows wherever this module is moved.
+        rest = copy.copy(fused)
+        rest._parameters, rest._buffers, rest._modules = self._parameters, self._buffers, dict(fused._modules)
+        self.__dict__["rest"] = rest
         for number in range(self.count):
             layers = [
                 _linear(weight, bias, number, transposed=bool(source.is_transposed))
@@ -160,6 +161,11 @@ class SeparateExperts(nn.Module):
             own = own * top_k_weights[tokens, places, None]
             result.index_add_(0, tokens, own.to(result.dtype))
         return result
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; what is left of the fused one follows."""
+        self.rest.train(mode)
+        return super().train(mode)
 
     def _at_work(self, chosen: Tensor) -> list[int]:
         """Experts to call: those that have tokens. In training, and where a job has several processes, all: DDP waits
