@@ -26,6 +26,7 @@ import lowrank_lit
 from lowrank_lit.experts import separate_experts
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.quantize import dequantize_model
 from tests.test_surgery import factorise, output
 from tests.tiny import batches, randomise, tiny_model
 
@@ -206,7 +207,7 @@ def generates(bench: Workbench, name: str) -> str:
 
 
 def quantises(bench: Workbench, name: str) -> str:
-    """``lowrank_lit.load(..., load_in_4bit=True)``: factors in NF4, an output near that of the 32-bit ones."""
+    """``lowrank_lit.load(..., load_in_4bit=True)``: products near the exact ones, and the output that is theirs."""
     family, path = FAMILIES[name], bench.folder / f"{name}-wide"
     model = family.build(**family.wide)
     separate_experts(model)
@@ -218,11 +219,14 @@ def quantises(bench: Workbench, name: str) -> str:
     assert {type(layer.inner).__name__ for layer in layers} | {type(layer.outer).__name__ for layer in layers} == {
         "NF4Linear"
     }
-    exact, values = output(model, **family.batch()), output(loaded, **family.batch())
-    error = float((values - exact).norm() / exact.norm())
-    assert 1e-3 < error < 0.6, error
+    for matrix in plan.matrices:
+        found, weight = (m.get_submodule(matrix.name).weight.detach() for m in (loaded, model))
+        assert 0.05 < float((found - weight).norm() / weight.norm()) < 0.2, matrix.name  # 0.092 in each factor
+    values = output(loaded, **family.batch())
     if family.generates:
         assert loaded.generate(family.batch()["input_ids"][:1], max_new_tokens=3, do_sample=False).shape[0] == 1
+    assert dequantize_model(loaded) == 2 * len(layers)
+    torch.testing.assert_close(output(loaded, **family.batch()), values, rtol=1e-4, atol=1e-4)
     return WORKS
 
 

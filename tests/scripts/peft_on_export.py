@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 import warnings
 from typing import Any
 
@@ -35,7 +36,7 @@ def adapt(folder: str, auto: str) -> str:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert trained, "no parameter of an adapter"
     assert torch.equal(first(model, batch), before), "a new adapter changes the output"
-    optimizer = torch.optim.AdamW(trained, lr=0.05)
+    optimizer = torch.optim.AdamW(trained, lr=0.005)
     losses = []
     for _ in range(3):
         loss = model(**batch)[0].float().square().mean()
@@ -50,8 +51,8 @@ def adapt(folder: str, auto: str) -> str:
     again = PeftModel.from_pretrained(fresh(), f"{folder}-adapter")
     torch.testing.assert_close(first(again, batch), after, rtol=0, atol=1e-6)
     merged = again.merge_and_unload()
-    torch.testing.assert_close(first(merged, batch), after, rtol=0, atol=1e-3)
-    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(first(merged, batch), after, rtol=0, atol=1e-4)
+    assert (after - before).abs().max() > 1e-4
     return "works"
 
 
@@ -59,7 +60,14 @@ def main() -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    print(json.dumps({case["name"]: adapt(case["folder"], case["auto"]) for case in json.loads(sys.argv[1])}))
+    found = {}
+    for case in json.loads(sys.argv[1]):
+        try:
+            found[case["name"]] = adapt(case["folder"], case["auto"])
+        except Exception as error:
+            traceback.print_exc()
+            found[case["name"]] = f"FAILS: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
