@@ -7,7 +7,7 @@ import platform
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,13 +61,12 @@ def evaluate(recipe: Path, overrides: Sequence[Override], flags: Sequence[str], 
             f"no exported model in '{folder}'; run `lowrank-lit run {recipe}` first, or give --path FOLDER"
         )
     cli = build(recipe, settings, flags)
-    cli.datamodule.prepare_data()
-    blocks = cli.datamodule.evaluation("test")
     rows = [["model", "parameters", "weights", "perplexity"]]
     for name, source in (("dense", cli.model.source), (str(folder), str(folder))):
-        rows.append([name, *_measured(cli, source, blocks)])
+        found = _measured(cli, source)
+        rows.append([name, f"{found.parameters:,}", gibibytes(found.bytes), f"{found.perplexity:.3f}"])
     print(table(rows))
-    count, length = blocks.shape
+    count, length = _test_blocks(cli).shape
     print(
         f"Perplexity on split test ({cli.datamodule.sources['test']}): {count} blocks of {length} tokens from the "
         f"start, {length - 1} targets each, weights in {_dtype_name(cli.model.dtype_in_memory)}."
@@ -75,17 +74,32 @@ def evaluate(recipe: Path, overrides: Sequence[Override], flags: Sequence[str], 
     return 0
 
 
-def _measured(cli: RecipeCLI, source: Any, blocks: torch.Tensor) -> list[str]:
-    from lowrank_lit.evaluation import perplexity
+class _Measured(NamedTuple):
+    parameters: int
+    bytes: int
+    perplexity: float
+
+
+def _measured(cli: RecipeCLI, source: Any) -> _Measured:
     from lowrank_lit.module import LowRankModule
     from lowrank_lit.surgery import count_parameters, stored_bytes
 
     module = LowRankModule(source, dtype=_dtype_name(cli.model.dtype_in_memory))
     module.configure_model()
-    value = perplexity(
-        module.model, blocks, batch_size=cli.datamodule.batch_size, device=cli.trainer.strategy.root_device
-    )
-    return [f"{count_parameters(module.model):,}", gibibytes(stored_bytes(module.model)), f"{value:.3f}"]
+    value = _perplexity(cli, module.model, _test_blocks(cli))
+    return _Measured(count_parameters(module.model), stored_bytes(module.model), value)
+
+
+def _perplexity(cli: RecipeCLI, model: Any, blocks: torch.Tensor) -> float:
+    from lowrank_lit.evaluation import perplexity
+
+    return perplexity(model, blocks, batch_size=cli.datamodule.batch_size, device=cli.trainer.strategy.root_device)
+
+
+def _test_blocks(cli: RecipeCLI) -> torch.Tensor:
+    cli.datamodule.prepare_data()
+    blocks: torch.Tensor = cli.datamodule.evaluation("test")
+    return blocks
 
 
 def export(
@@ -95,23 +109,69 @@ def export(
     *,
     ckpt_path: str | None = None,
     path: str | None = None,
+    format: str = "lowrank",
 ) -> int:
     """A Lightning checkpoint as a Hugging Face folder."""
-    from lowrank_lit import hub
+    from lowrank_lit import formats, hub
+    from lowrank_lit.callbacks.export import own_fingerprint, plan_of
     from lowrank_lit.module import load_checkpoint
 
+    formats.check_format(format)
     settings = read_settings(recipe, overrides)
     folder = Path(path) if path else _export_folder(settings)
+    if not path and format != formats.OWN:
+        folder = folder.with_name(f"{folder.name}-{format}")
     cli = build(recipe, settings, flags)
     checkpoint = Path(ckpt_path) if ckpt_path else newest_checkpoint(cli.trainer)
     if not checkpoint.is_file():
         raise RecipeError(f"checkpoint '{checkpoint}' does not exist; give --ckpt_path FILE")
+    dense = _measured(cli, cli.model.source) if format == formats.ARENA else None
     load_checkpoint(cli.model, checkpoint)
-    plan = getattr(cli.model, "plan", None)
+    if format == formats.ARENA and cli.model.plan is None:
+        raise ExportError(
+            f"format='{format}' needs a checkpoint of a run that compressed a dense model, and '{checkpoint}' is none; "
+            "choose another format"
+        )
+    plan = plan_of(cli.model, cli.model.model)
     dtype = cli.model.storage_dtype
-    hub.export(cli.model.model, plan, folder, dtype=dtype, tokenizer=cli.datamodule.tokenizer)
+    evaluation = None if dense is None else _for_the_arena(cli, dense)
+    hub.export(
+        cli.model.model,
+        plan,
+        folder,
+        dtype=dtype,
+        tokenizer=cli.datamodule.tokenizer,
+        fingerprint=own_fingerprint(cli.model) if cli.model.plan is None else None,
+        format=format,
+        evaluation=evaluation,
+    )
     print(f"{checkpoint} -> {folder}")
     return 0
+
+
+def _for_the_arena(cli: RecipeCLI, dense: _Measured) -> dict[str, Any]:
+    """Perplexities of the dense and of the loaded model, the weights as they will be stored, and their protocol."""
+    from lowrank_lit.callbacks.export import round_weights
+    from lowrank_lit.report import data_hash
+
+    if cli.model.storage_dtype is not None:
+        round_weights(cli.model.model, cli.model.storage_dtype)
+    blocks = _test_blocks(cli)
+    count, length = blocks.shape
+    return {
+        "dense": dense.perplexity,
+        "compressed": _perplexity(cli, cli.model.model, blocks),
+        "protocol": {
+            "text": cli.datamodule.sources["test"],
+            "blocks": count,
+            "length": length,
+            "targets": count * (length - 1),
+            "start": "of the text, block after block",
+            "special_tokens": "none added",
+            "dtype": _dtype_name(cli.model.dtype_in_memory),
+            "sha256_of_the_tokens": data_hash([blocks]),
+        },
+    }
 
 
 def plan(

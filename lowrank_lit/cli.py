@@ -57,7 +57,17 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
             "--ckpt_path": {
                 "help": "checkpoint (default: last.ckpt, else the newest, of the recipe's checkpoint folders)"
             },
-            "--path": {"help": "folder to write (default: where the recipe's ExportOnFitEnd writes)"},
+            "--path": {
+                "help": "folder to write (default: where the recipe's ExportOnFitEnd writes; for another format than "
+                "lowrank that name with -FORMAT at its end)"
+            },
+            "--format": {
+                "default": "lowrank",
+                "metavar": "NAME",
+                "help": "lowrank (default; loads after `import lowrank_lit`), dense (products multiplied out, an "
+                "ordinary model), trust-remote-code (factored, with its own code: no package needed), lowrankarena "
+                "(lowrank with a record of ratios and perplexities)",
+            },
         },
     ),
     "plan": (

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lowrank_lit.errors import DataError, reason_of
+from lowrank_lit.folders import hub_settings
 from lowrank_lit.instructions import InstructionDataset, instruction_blocks, is_instructions, read_samples
 from lowrank_lit.loader import ResumableLoader, shuffled_loader
 from lowrank_lit.sources import read_documents
@@ -37,7 +38,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, **hub_settings(str(path)))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, ... by the part that is missing
         raise DataError(
             f"tokenizer '{path}' cannot be loaded ({reason_of(error)}); give a folder with tokenizer.json or a hub name"

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowrank_lit.errors import ModelError
+
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -221,6 +223,49 @@ def separate_experts(model: nn.Module, names: Collection[str] | None = None) -> 
     for name, module in taken.items():
         _put(model, name, SeparateExperts(module))
     return taken
+
+
+def fuse_experts(model: nn.Module) -> dict[str, nn.Module]:
+    """Put fused modules back in the places of :class:`SeparateExperts`, with copies of their weights.
+
+    Args:
+        model: Changed in place; its outputs are the same. Every matrix of its experts is a plain ``nn.Linear``.
+
+    Returns:
+        The separate experts by dotted name.
+
+    Raises:
+        ModelError: If an expert's matrix is factored; the model is then unchanged.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
+    fused = {name: _fused(name, module) for name, module in found.items()}
+    for name, module in fused.items():
+        _put(model, name, module)
+    return dict(found)
+
+
+def _fused(name: str, experts: SeparateExperts) -> nn.Module:
+    source: Any = experts.rest
+    fused = copy.copy(experts.rest)
+    fused._parameters, fused._modules = dict(fused._parameters), dict(fused._modules)
+    fused._buffers = dict(fused._buffers)
+    sides: tuple[tuple[Side, str], ...] = (("up", _UP[bool(source.has_gate)]), ("down", _DOWN))
+    for side, matrix in sides:
+        layers = [experts.expert(number).side(side) for number in range(experts.count)]
+        if not all(isinstance(layer, nn.Linear) for layer in layers):
+            raise ModelError(
+                f"'{name}' has factored experts, which cannot be fused; make them dense with to_dense first"
+            )
+        weights = [cast(Tensor, layer.weight) for layer in layers]
+        whole = torch.stack([weight.detach().mT if source.is_transposed else weight.detach() for weight in weights])
+        trains = any(weight.requires_grad for weight in weights)
+        fused._parameters[matrix] = nn.Parameter(whole, requires_grad=trains)
+        if layers[0].bias is not None:
+            bias = torch.stack([cast(Tensor, layer.bias).detach() for layer in layers])
+            fused._parameters[f"{matrix}_bias"] = nn.Parameter(bias, requires_grad=trains)
+    for attribute in HOOKS:  # a user's, and their handles
+        setattr(fused, attribute, getattr(experts, attribute))
+    return fused.train(experts.training)
 
 
 class ExpertsApart:

@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,6 +169,68 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ExportError(f"'{file}' holds no JSON object; export the model again")
     return values
+
+
+def hub_settings(name: str) -> dict[str, bool]:
+    """For ``from_pretrained``: the cache alone where the hub does not answer, for its client tries for half a minute.
+
+    Args:
+        name: A folder, for which nothing is asked, or a name of the hub.
+    """
+    if Path(name).exists() or os.environ.get("HF_HUB_OFFLINE"):
+        return {}
+    try:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        urllib.request.urlopen(request, timeout=10).close()
+    except (urllib.error.HTTPError, ValueError):  # it answers; or the client is to say what is wrong with its address
+        return {}
+    except OSError as error:  # what certificates are trusted is the client's affair
+        return {} if isinstance(getattr(error, "reason", None), ssl.SSLError) else {"local_files_only": True}
+    return {}
+
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def from_hub(name: str, settings: dict[str, Any]) -> Path:
+    """The folder in the cache with the files of a model of the hub; fetches those that are missing.
+
+    Args:
+        name: Such as ``user/model``.
+        settings: For ``from_pretrained``; those that say what to fetch, such as ``revision``, are taken out.
+
+    Raises:
+        ExportError: If it is no such name, the hub has no such model, or the hub cannot be reached.
+    """
+    from transformers.utils.hub import cached_file
+
+    wanted = {key: settings.pop(key) for key in _OF_HUB if key in settings}
+    if not _HUB_NAME.fullmatch(name):
+        raise ExportError(f"path='{name}' is no folder; give the folder of an export")
+
+    def fetch(file: str, *, optional: bool = False) -> str | None:
+        found: str | None = cached_file(name, file, _raise_exceptions_for_missing_entries=not optional, **wanted)
+        return found
+
+    wanted |= hub_settings(name)
+    try:
+        config = fetch("config.json")
+        if config is None:
+            raise ExportError(f"path='{name}' is a repository of the hub without config.json; give that of an export")
+        folder = Path(config).parent
+        for file in ("model.safetensors.index.json", MARKER, "generation_config.json", "modeling_lowrank.py"):
+            fetch(file, optional=True)
+        for path in weight_files(folder):
+            fetch(path.name)
+    except LowRankError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"path='{name}' is no folder here, and the hub gives no such model ({reason_of(error)}); give the folder "
+            "of an export, or the name of a model that is there or in the cache"
+        ) from error
+    return folder
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -22,8 +22,8 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_lit._version import __version__
 from lowrank_lit.adapter_config import is_quantised
 from lowrank_lit.errors import ExportError, LowRankError, ModelError
+from lowrank_lit.extras import load_bitsandbytes
 from lowrank_lit.folders import (
     FORMAT_VERSION,
     MARKER,
     atomic_folder,
     check_version,
     files_in,
+    from_hub,
     read_json,
     read_shapes,
     refuse_foreign,
@@ -57,7 +59,9 @@ from lowrank_lit.folders import (
     unwritable,
     weight_files,
 )
+from lowrank_lit.formats import DENSE, OWN, PLAN_KEY, REMOTE_CODE, Additions, additions, check_format, dense_again
 from lowrank_lit.plan import RankPlan, truncated_plan
+from lowrank_lit.quantize import quantize_loaded, require_quantum
 from lowrank_lit.surgery import apply_plan, check_applied
 from lowrank_lit.weights import (
     check_initialised,
@@ -234,6 +238,8 @@ def export(
     dtype: torch.dtype | str | None = None,
     tokenizer: Any = None,
     fingerprint: str | None = None,
+    format: str = OWN,
+    evaluation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a model as a transformers folder that is complete or is not there.
 
@@ -246,17 +252,26 @@ def export(
         path: Folder to write.
         dtype: Floating-point weights are cast to this type while saving; None keeps theirs.
         tokenizer: A transformers tokenizer to save with it, or None.
-        fingerprint: Identity of the run, see :func:`export_fingerprint`.
+        fingerprint: Identity of the run, see :func:`export_fingerprint`. An export in another format counts as that of
+            another run.
+        format: ``lowrank``, which loads after ``import lowrank_lit``; ``dense``, an ordinary model with the products
+            multiplied out and experts fused; ``trust-remote-code``, factored, with a file of code that transformers
+            loads without this package; ``lowrankarena``, as ``lowrank`` with a record of
+            :func:`lowrank_lit.formats.arena_record`.
+        evaluation: For ``lowrankarena``: perplexities ``dense`` and ``compressed``, and their ``protocol``.
 
     Raises:
-        ExportError: If ``path`` holds something else, or cannot be written (full disk).
+        ExportError: If ``path`` holds something else, or cannot be written (full disk); if the format is unknown or
+            does not go with the model.
         ModelError: If the model has unmerged adapters or layers in 4 bits, or its layers are not those of its class and
             plan.
         NonFiniteError: If a weight is NaN or infinite, or becomes so in ``dtype``.
         PlanError: If the plan does not fit the model.
     """
+    check_format(format, plan, evaluation)
     target = Path(path).resolve()
     identity = export_fingerprint(plan, fingerprint)
+    identity = f"{format}-{identity}" if identity and format != OWN else identity
     try:
         restore_interrupted(target)
     except OSError as error:
@@ -268,14 +283,32 @@ def export(
     if plan is not None:
         check_applied(model, plan)
     stored = _resolve_dtype(dtype)
-    weights = weights_to_save(model, plan, stored)
-    config = _config_to_save(model, plan, stored)
+    added = additions(format, model, plan, evaluation)
+    if format == DENSE:
+        plan = None
+    with dense_again(model) if format == DENSE else nullcontext():
+        weights = weights_to_save(model, plan, stored)
+        config = _config_to_save(model, None if format == REMOTE_CODE else plan, stored, added.config)
+        _write_folder(target, model, weights, config, tokenizer, identity, added)
+
+
+def _write_folder(
+    target: Path,
+    model: PreTrainedModel,
+    weights: dict[str, Any],
+    config: Any,
+    tokenizer: Any,
+    identity: str,
+    added: Additions,
+) -> None:
     with atomic_folder(target) as partial, _unchanged_config(model):
         with one_by_one():
             model.save_pretrained(partial, state_dict=weights)
         config.save_pretrained(partial)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for name, text in added.files.items():
+            (partial / name).write_text(text, encoding="utf-8")
         marker = {
             "format_version": FORMAT_VERSION,
             "fingerprint": identity,
@@ -293,7 +326,12 @@ def export(
 
 
 def load(
-    path: _PathLike, *, keep_ratio: float | None = None, auto_class: Any = AutoModelForCausalLM, **kwargs: Any
+    path: _PathLike,
+    *,
+    keep_ratio: float | None = None,
+    load_in_4bit: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    **kwargs: Any,
 ) -> Any:
     """Load a folder with ``auto_class.from_pretrained``, after checks that give errors of one line.
 
@@ -301,26 +339,67 @@ def load(
     missing weight files, which transformers meets before it asks this package.
 
     Args:
-        path: Folder of an export, with a plan or without.
+        path: Folder of an export, with a plan or without, or the name of one on the hub, such as ``user/model``.
         keep_ratio: Load a smaller model out of a nested export: the leading components of every factored matrix, of
             ranks that its saved order gives for this budget (:func:`lowrank_lit.plan.truncated_plan`). Nothing else is
             read from the files, and the model's config holds the smaller plan. None loads all there is.
+        load_in_4bit: Hold the factors in NF4, as :func:`lowrank_lit.quantize.quantize_factors` does by default: one
+            layer after the other, once the model is read in ``dtype``. They are frozen: train adapters, of PEFT or
+            ours. Their ranks are multiples of 64. Needs ``pip install "lowrank-lit[qlora]"``.
         auto_class: A class with ``from_pretrained``, such as ``AutoModel``.
         kwargs: For ``from_pretrained``, such as ``dtype`` or ``device_map``.
 
     Raises:
-        ExportError: If a file is missing, truncated, of a newer format or does not hold the weights of the plan.
+        ExportError: If a file is missing, truncated, of a newer format or does not hold the weights of the plan; if the
+            hub has no such model or cannot be reached.
+        LowRankError: If bitsandbytes is missing, or a rank does not fit 4 bits.
         PlanError: If the plan in ``config.json`` is malformed; if ``keep_ratio`` is given and the plan is not nested,
             or it holds less, or its floors need more.
     """
     register()
-    folder = Path(path)
+    if load_in_4bit:
+        load_bitsandbytes("load_in_4bit=True")  # before anything is read
+    folder = Path(path) if Path(path).exists() else from_hub(os.fspath(path), kwargs)
+    plan, files = _read_folder(folder, path, kwargs)
+    if plan is None and (keep_ratio is not None or load_in_4bit):
+        asked, remedy = (
+            (f"keep_ratio={keep_ratio} cannot cut", "export a nested compression, or leave keep_ratio out")
+            if keep_ratio is not None
+            else ("load_in_4bit=True has no factors of", "give transformers' BitsAndBytesConfig as quantization_config")
+        )
+        raise ExportError(f"path='{path}' holds a dense model, which {asked}; {remedy}")
+    if plan is not None and kwargs.get("quantization_config") is not None:
+        raise ExportError(
+            f"path='{path}' has a plan, beside which transformers takes no quantization_config; set load_in_4bit=True"
+        )
+    smaller = plan if plan is None or keep_ratio is None else truncated_plan(plan, keep_ratio)
+    if load_in_4bit and smaller is not None:
+        require_quantum({matrix.name: matrix.rank for matrix in smaller.matrices if matrix.form != "dense"})
+    try:
+        if smaller is plan or smaller is None:
+            loaded = auto_class.from_pretrained(folder, **kwargs)
+        else:
+            loaded = _load_truncated(folder, files, smaller, auto_class, kwargs)
+    except LowRankError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ExportError(f"path='{path}' cannot be loaded ({reason}); export the model again") from error
+    if load_in_4bit:
+        quantize_loaded(loaded[0] if isinstance(loaded, tuple) else loaded)
+    return loaded
+
+
+def _read_folder(folder: Path, path: _PathLike, kwargs: Mapping[str, Any]) -> tuple[RankPlan | None, list[Path]]:
+    """The plan of a folder, if it has one, and its weight files, checked; ``path`` is what an error calls it."""
     if not folder.is_dir():
         raise ExportError(f"path='{path}' is no folder; give the folder of an export")
     if not (folder / "config.json").exists():
         raise ExportError(f"path='{path}' is no model folder: it has no config.json; give the folder of an export")
     config = read_json(folder / "config.json")
     entry = config.get("quantization_config")
+    if PLAN_KEY in config and not kwargs.get("trust_remote_code"):
+        raise ExportError(f"path='{path}' carries its own code; load it with trust_remote_code=True")
     plan = None
     if isinstance(entry, dict) and entry.get("quant_method") == METHOD:
         plan = _read_entry(entry).rank_plan()
@@ -328,23 +407,7 @@ def load(
         check_version(read_json(folder / MARKER).get("format_version"), MARKER)
     files = weight_files(folder)
     read_shapes(files)
-    smaller = plan
-    if keep_ratio is not None:
-        if plan is None:
-            raise ExportError(
-                f"path='{path}' holds a dense model, which keep_ratio={keep_ratio} cannot cut; export a nested "
-                "compression, or leave keep_ratio out"
-            )
-        smaller = truncated_plan(plan, keep_ratio)
-    try:
-        if smaller is plan or smaller is None:
-            return auto_class.from_pretrained(folder, **kwargs)
-        return _load_truncated(folder, files, smaller, auto_class, kwargs)
-    except LowRankError:
-        raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"path='{path}' cannot be loaded ({reason}); export the model again") from error
+    return plan, files
 
 
 def _load_truncated(folder: Path, files: list[Path], plan: RankPlan, auto_class: Any, kwargs: dict[str, Any]) -> Any:
@@ -413,13 +476,17 @@ def _resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return resolved
 
 
-def _config_to_save(model: PreTrainedModel, plan: RankPlan | None, dtype: torch.dtype | None) -> Any:
+def _config_to_save(
+    model: PreTrainedModel, plan: RankPlan | None, dtype: torch.dtype | None, added: Mapping[str, Any]
+) -> Any:
     config = copy.deepcopy(model.config)
     if plan is not None:
         config.quantization_config = LowRankConfig(plan)
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
     config.architectures = [type(model).__name__]
+    for key, value in added.items():
+        setattr(config, key, value)
     for part in (config, *(getattr(config, key) for key in config.sub_configs)):
         if part is not None:
             part.dtype = model.dtype if dtype is None else dtype

@@ -179,9 +179,9 @@ class FactoredLinear(_TwoParts):
     def weight(self) -> Tensor:
         """The product outer inner, (out_features, in_features); computed at every access, in the factors' dtype.
 
-        Unmerged adapters on the factors are not part of it.
+        Unmerged adapters on the factors are not part of it. Factors in 4 bits are dequantised for it.
         """
-        return self.outer.weight @ self.inner.weight
+        return _plain(self.outer) @ _plain(self.inner)
 
     @property
     def bias(self) -> Tensor | None:
@@ -266,6 +266,16 @@ FactoredLayer: TypeAlias = FactoredLinear | PivotLinear
 
 LAYER_OF_FORM: dict[str, type[FactoredLinear] | type[PivotLinear]] = {"factored": FactoredLinear, "pivot": PivotLinear}
 """The layer that holds a matrix, by the form that the plan gives it; a dense matrix has none."""
+
+
+def _plain(layer: nn.Linear) -> Tensor:
+    """The weight of a factor, dequantised where it is packed: some models ask a layer for its weight's dtype."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight
+    from lowrank_lit.nf4 import dequantize
+
+    return dequantize(layer.weight, state, state.dtype)
 
 
 def _check_shapes(outer: Tensor, inner: Tensor, bias: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from lowrank_lit._checkpoints import gather_shards
 from lowrank_lit.distillation import Teacher, counted_positions, divergence, weights_hash
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
-from lowrank_lit.folders import damaged_file
+from lowrank_lit.folders import damaged_file, hub_settings
 from lowrank_lit.masks import MaskedModel, masked_layout, plan_of_cut
 from lowrank_lit.optimizers import build_optimizer
 from lowrank_lit.plan import RankPlan
@@ -340,7 +340,7 @@ def _load_config(source: str | dict[str, Any]) -> Any:
 
     try:
         if isinstance(source, str):
-            return AutoConfig.from_pretrained(source)
+            return AutoConfig.from_pretrained(source, **hub_settings(source))
         return AutoConfig.for_model(**source)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError by what is wrong
         remedy = "a folder with config.json or a hub name" if isinstance(source, str) else "model_type and its fields"
@@ -353,7 +353,9 @@ def _build_model(source: str | dict[str, Any], config: Any, dtype: torch.dtype) 
     try:
         if not isinstance(source, str):
             return AutoModelForCausalLM.from_config(config, dtype=dtype)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, **hub_settings(source)
+        )
     except LowRankError:
         raise
     except Exception as error:  # a missing, truncated or mis-shaped weight file surfaces as many kinds of error

@@ -120,6 +120,25 @@ def quantize_factors(
     }
 
 
+def quantize_loaded(model: nn.Module, *, seed: int = 0) -> None:
+    """Quantise the factors of a model that has just been loaded, as :func:`quantize_factors` does by default, each
+    layer in its turn: no second copy of all factors is held. An error in the middle leaves a part of them quantised.
+
+    The model is marked so that PEFT puts its layers for 4-bit bases round the factors.
+
+    Raises:
+        LowRankError: If bitsandbytes is missing, or a rank is no multiple of 64.
+        ModelError: If there is no factored layer, or one is in pivot form.
+        NonFiniteError: If a factor holds a NaN or infinity.
+    """
+    load_bitsandbytes("quantisation to NF4")
+    storage = {"compute_dtype": None, "double_quant": True}
+    for name, pair in _pairs_to_quantise(model).items():
+        for factor, layer in _quantise_pair(name, pair, FACTORS, "rotated", seed, None, storage).layers.items():
+            _put(model, join(name, factor), layer)
+    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+
+
 def requantize_factors(model: nn.Module, loss: Callable[[nn.Module], float], **settings: Any) -> dict[str, Any]:
     """Quantise merged factors again, in place, and print what that costs.
 
@@ -203,6 +222,7 @@ def dequantize_model(model: nn.Module) -> int:
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and is_quantised(module)]
     for name in names:
         _put(model, name, dequantize_linear(model.get_submodule(name)))
+    vars(model).pop("is_loaded_in_4bit", None)  # the mark of quantize_loaded
     return len(names)
 
 
@@ -237,14 +257,26 @@ def _pairs_to_quantise(model: nn.Module) -> dict[str, FactoredLinear]:
     for name, factor in factors.items():
         if is_quantised(factor):
             raise ModelError(f"layer '{name}' is quantised already; merge or dequantise it first")
-    wrong = {name: pair.rank for name, pair in found.items() if pair.rank % RANK_QUANTUM}
+    require_quantum({name: pair.rank for name, pair in found.items()})
+    return found
+
+
+def require_quantum(ranks: Mapping[str, int]) -> None:
+    """Refuse ranks that NF4 factors cannot have.
+
+    Args:
+        ranks: By the name of the layer.
+
+    Raises:
+        LowRankError: If one is no multiple of 64.
+    """
+    wrong = {name: rank for name, rank in ranks.items() if rank % RANK_QUANTUM}
     if wrong:
         name, rank = next(iter(wrong.items()))
         raise LowRankError(
-            f"layer '{name}' has rank {rank}, which is no multiple of {RANK_QUANTUM} ({len(wrong)} of {len(found)} "
+            f"layer '{name}' has rank {rank}, which is no multiple of {RANK_QUANTUM} ({len(wrong)} of {len(ranks)} "
             f"layers): for NF4 factors set LowRankCompression.quantum={RANK_QUANTUM}"
         )
-    return found
 
 
 @torch.no_grad()

@@ -353,6 +353,24 @@ def test_run_and_export_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
     first, second = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in ("out/model", "second"))
     assert first["quantization_config"]["plan"]["matrices"] == second["quantization_config"]["plan"]["matrices"]
 
+    code, out, err = run("export", "tiny", "--format=gguf")
+    assert code == 2
+    assert last_line(err) == (
+        "error: format='gguf' is unknown; choose one of lowrank, dense, trust-remote-code, lowrankarena"
+    )
+    for name in ("dense", "lowrankarena"):
+        code, out, err = run("export", "tiny", f"--format={name}")
+        assert code == 0, err
+        assert f".ckpt -> out/model-{name}" in out
+    assert "quantization_config" not in json.loads((tmp_path / "out/model-dense/config.json").read_text())
+    record = json.loads((tmp_path / "out/model-lowrankarena/lowrankarena.json").read_text())
+    assert record["ratios"]["achieved"] <= 0.6
+    assert (record["perplexity"]["protocol"]["blocks"], record["perplexity"]["protocol"]["length"]) == (4, 32)
+    code, out, err = run("evaluate", "tiny", "--path=out/model-lowrankarena")
+    assert code == 0, err
+    for kind in ("dense", "compressed"):
+        assert f"{record['perplexity'][kind]:.3f}" in out
+
 
 def test_plan_dry_run_needs_no_weights(run: Run, workplace: Path) -> None:
     code, out, err = run("plan", "tiny", "--dry-run")
