@@ -123,10 +123,7 @@ def multiple_choice(
         ModelError: If the model gives no logits.
         NonFiniteError: If a log-likelihood is NaN; the message names the question.
     """
-    if not isinstance(questions, (str, Path)):
-        asked = list(questions)
-    else:
-        asked = read_questions(questions)
+    asked = read_questions(questions) if isinstance(questions, (str, Path)) else list(questions)
     asked = asked[:limit]
     _check(asked, limit, batch_size, bos)
     check_places(model, device)
@@ -235,9 +232,7 @@ def _log_likelihood(logits: Tensor, ids: Tensor, request: _Request) -> float:
     return -total
 
 
-def _accuracies(
-    questions: Sequence[Question], scores: tuple[tuple[float, ...], ...], truncated: int
-) -> MultipleChoice:
+def _accuracies(questions: Sequence[Question], scores: tuple[tuple[float, ...], ...], truncated: int) -> MultipleChoice:
     plain, norm = 0, 0
     for question, score in zip(questions, scores, strict=True):
         per_byte = [value / len(text.encode()) for value, text in zip(score, question.choices, strict=True)]

@@ -105,8 +105,6 @@ def cut_windows(tokens: Tensor, protocol: Protocol, bos_id: int | None = None) -
         DataError: If the text is shorter than a window, or there is no id to prepend.
     """
     begin = protocol.bos == "prepend"
-    if begin and bos_id is None:
-        raise DataError("bos='prepend': the tokenizer has no BOS token; choose bos='none'")
     size = protocol.length - begin
     if len(tokens) < size:
         raise DataError(f"the text has {len(tokens)} tokens, less than one window of {size}; give a longer text")
@@ -120,6 +118,8 @@ def cut_windows(tokens: Tensor, protocol: Protocol, bos_id: int | None = None) -
         first = torch.cat([torch.tensor([1 - begin]), size - starts.diff()])
     ids = tokens[starts[:, None] + torch.arange(size)]
     if begin:
+        if bos_id is None:
+            raise DataError("bos='prepend': the tokenizer has no BOS token; choose bos='none'")
         ids = torch.cat([torch.full((len(ids), 1), bos_id), ids], dim=1)
         first = first + 1
     return Windows(ids, first)

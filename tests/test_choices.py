@@ -1,9 +1,10 @@
-"""Multiple choice: likelihoods against a forward per choice in float64, answers that are known, files that are wrong."""
+"""Multiple choice: likelihoods against float64, a forward per choice; answers that are known; files that are wrong."""
 
 from __future__ import annotations
 
 import json
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def test_a_uniform_model_counts_tokens(tokenizer: Any) -> None:
 def test_a_model_that_knows_the_answer(tokenizer: Any) -> None:
     table = torch.zeros(TOKENS, TOKENS)
     chain = ids_of(tokenizer, "The sky is blue")
-    for before, after in zip(chain, chain[1:], strict=False):
+    for before, after in pairwise(chain):
         table[before, after] = 20.0
     asked = [question("The sky is", "green", "blue", gold=1), question("The sky is", "blue", "green", gold=1)]
     found = multiple_choice(Lookup(table), tokenizer, asked)

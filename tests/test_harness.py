@@ -36,10 +36,15 @@ WORDS = ("list", "dictionary of names", "iterator", "string that is read once", 
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A task of 24 questions."""
+    monkeypatch.setenv("HF_XET_HIGH_PERFORMANCE", "1")  # importing the harness sets it
     lines = [
-        {"query": f"The function number {n} returns a", "choices": [WORDS[n % 5], WORDS[(n * 3 + 1) % 5]], "gold": n % 2}
+        {
+            "query": f"The function number {n} returns a",
+            "choices": [WORDS[n % 5], WORDS[(n * 3 + 1) % 5]],
+            "gold": n % 2,
+        }
         for n in range(24)
     ]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, lines)))

@@ -154,7 +154,9 @@ def test_every_import_is_a_declared_dependency() -> None:
     table = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     extras = table["optional-dependencies"]
     declared = {canonicalize_name(Requirement(text).name) for text in table["dependencies"]}
-    declared |= {canonicalize_name(Requirement(text).name) for text in extras["qlora"] + extras["deepspeed"] + extras["eval"]}
+    declared |= {
+        canonicalize_name(Requirement(text).name) for text in extras["qlora"] + extras["deepspeed"] + extras["eval"]
+    }
     providers = packages_distributions()
     seen = set()
     for module, path in FILES.items():

@@ -60,7 +60,9 @@ def test_a_sliding_perplexity_is_the_definition() -> None:
     expected = math.exp(math.fsum(losses) / 49)
     found = perplexity(model, windows.ids, first=windows.first, batch_size=3)
     assert found == pytest.approx(expected, rel=1e-12)
-    assert abs(found / perplexity(model, windows.ids, batch_size=3) - 1) > 1e-3, "or where scoring begins would not count"
+    assert abs(found / perplexity(model, windows.ids, batch_size=3) - 1) > 1e-3, (
+        "or where scoring begins would not count"
+    )
 
 
 def test_bos_comes_before_every_block() -> None:
