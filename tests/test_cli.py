@@ -255,7 +255,7 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
 def test_evaluate_measures_both_models_alike(run: Run, tmp_path: Path, workplace: Path) -> None:
     """Both models in every table, the same figures in JSON and Markdown, and those of the functions."""
     model = tiny_model("llama", vocab_size=300)
-    result = lowrank_lit.compress(model, batches(300), keep_ratio=0.6, min_rank=2, preset="unirank")
+    result = lowrank_lit.compress(model, batches(300, length=32), keep_ratio=0.6, min_rank=2, preset="unirank")
     lowrank_lit.export(model, result.plan, "out/model")
     lines = [{"query": f"the {n} small", "choices": ["foxes", "dogs of it"], "gold": n % 2} for n in range(9)]
     (tmp_path / "first.jsonl").write_text("\n".join(map(json.dumps, lines)))
