@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,12 @@ def evaluate_recipe(cli: RecipeCLI, folder: Path, wanted: Wanted) -> int:
     cli.datamodule.prepare_data()
     protocol = _protocol(cli, wanted)
     inputs = _Inputs(_texts(cli, wanted, protocol), {name: read_questions(name) for name in wanted.multiple_choice})
-    models = {
-        name: _measured(cli, source, inputs, wanted)
-        for name, source in (("dense", cli.model.source), (str(folder), str(folder)))
-    }
-    measures = measure_rows(models)
-    tables = [_size_rows(models), *([measures] if len(measures) > 1 else [])]
-    notes = [*_perplexity_notes(cli, inputs, protocol), *_notes(models, wanted)]
+    sources = {"dense": cli.model.source, "compressed": str(folder)}
+    models = {name: _measured(cli, source, inputs, wanted) for name, source in sources.items()}
+    labels = ("dense", str(folder))
+    measures = measure_rows(labels, models.values())
+    tables = [_size_rows(labels, models.values()), *([measures] if len(measures) > 1 else [])]
+    notes = [*_perplexity_notes(cli, inputs, protocol), *_notes(models["dense"], wanted)]
     for rows in tables:
         print(table(rows))
     print("\n".join(notes))
@@ -135,7 +134,7 @@ def evaluate_recipe(cli: RecipeCLI, folder: Path, wanted: Wanted) -> int:
         },
         "device": str(cli.trainer.strategy.root_device),
         "dtype": _dtype(cli),
-        "models": dict(zip(("dense", "compressed"), models.values(), strict=True)),
+        "models": models,
         "versions": versions(),
     }
     _write(Path(cli.trainer.default_root_dir), record, "\n\n".join([*map(markdown, tables), *notes]) + "\n")
@@ -242,21 +241,21 @@ def _timing_record(found: Throughput) -> _Record:
     }
 
 
-def _size_rows(models: Mapping[str, _Record]) -> list[list[str]]:
-    texts = list(next(iter(models.values()))["perplexity"])
+def _size_rows(labels: Sequence[str], models: Collection[_Record]) -> list[list[str]]:
+    texts = list(next(iter(models))["perplexity"])
     headings = ["perplexity"] if len(texts) == 1 else [f"perplexity, {text}" for text in texts]
     rows = [["model", "parameters", "weights", *headings]]
-    for name, record in models.items():
+    for name, record in zip(labels, models, strict=True):
         figures = [f"{text['value']:.3f}" for text in record["perplexity"].values()]
         rows.append([name, f"{record['parameters']:,}", gibibytes(record["bytes"]), *figures])
     return rows
 
 
-def measure_rows(models: Mapping[str, _Record]) -> list[list[str]]:
+def measure_rows(labels: Sequence[str], models: Iterable[_Record]) -> list[list[str]]:
     """What was measured beside size and perplexity, a measure to a row: a column for each of the two models, and the
     second's figure as a share of the first's."""
-    rows = [["measure", *models, "ratio"]]
-    for (name, one, dense), (_, other, compressed) in zip(*map(_measures, models.values()), strict=True):
+    rows = [["measure", *labels, "ratio"]]
+    for (name, one, dense), (_, other, compressed) in zip(*map(_measures, models), strict=True):
         rows.append([name, one, other, f"{compressed / dense:.3f}" if dense and compressed else "–"])
     return rows
 
@@ -305,9 +304,8 @@ def _perplexity_notes(cli: RecipeCLI, inputs: _Inputs, protocol: Protocol) -> li
     return notes
 
 
-def _notes(models: Mapping[str, _Record], wanted: Wanted) -> list[str]:
+def _notes(record: _Record, wanted: Wanted) -> list[str]:
     """What the figures of the second table count."""
-    record = next(iter(models.values()))
     notes = []
     names = short_names(record["multiple_choice"])
     for file, found in record["multiple_choice"].items():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank_lit.errors import DataError, ModelError, NonFiniteError
 from lowrank_lit.evaluation import check_places
 from lowrank_lit.memory import Watch, stage
+from lowrank_lit.paging import give_back
 from lowrank_lit.streaming import evaluating, moved
 
 PROMPT_LENGTH = 128
@@ -106,7 +107,7 @@ def throughput(
         prompt_length: Tokens of each.
         new_tokens: Tokens to write after each.
         repeats: Runs that count.
-        warmup: Runs before them, at least 1; the memory is measured in these, so that reading it disturbs no time.
+        warmup: Runs before them, at least 1. One more run follows these in which the memory is read, and no clock.
         device: Where to run; the model moves there before the clock starts, and back. None stays where the model is.
 
     Raises:
@@ -126,7 +127,9 @@ def throughput(
     with torch.no_grad(), evaluating(model), moved(model, device) as place:
         home = torch.device("cpu") if place is None else place
         ids = _prompts(model, batch_size, prompt_length).to(home)
-        memory = _warm_up(model, ids, new_tokens, warmup)
+        for _ in range(warmup):
+            _run(model, ids, new_tokens)
+        memory = _peak(model, ids, new_tokens)
         times = [_run(model, ids, new_tokens) for _ in range(repeats)]
     prefill, decode = zip(*times, strict=True)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
@@ -175,15 +178,16 @@ def _prompts(model: nn.Module, batch_size: int, length: int) -> Tensor:
     return torch.randint(0, vocabulary, (batch_size, length), generator=torch.Generator().manual_seed(0))
 
 
-def _warm_up(model: nn.Module, ids: Tensor, new_tokens: int, runs: int) -> int | None:
-    """Run without a clock; gives the peak memory above what is in use before."""
+def _peak(model: nn.Module, ids: Tensor, new_tokens: int) -> int | None:
+    """Peak memory of a run above what is in use before it."""
+    # What an earlier model or run has freed would be used again unseen.
+    give_back()
     held = torch.cuda.memory_allocated(ids.device) if ids.device.type == "cuda" else 0
     watch = Watch(ids.device)
     watch.start()
     try:
         with stage("throughput"):
-            for _ in range(runs):
-                _run(model, ids, new_tokens)
+            _run(model, ids, new_tokens)
     finally:
         watch.stop()
     peak = watch.used.get(("throughput", "device" if ids.device.type == "cuda" else "host"))
