@@ -13,12 +13,13 @@ import torch
 
 from lowrank_lit._checkpoints import newest_checkpoint, resolve_checkpoint
 from lowrank_lit._dry_run import compression_callback, dry_run_report, without_devices
+from lowrank_lit._evaluate import evaluate_recipe, wanted
 from lowrank_lit._prediction import predicted_plan, show_prediction
 from lowrank_lit._scripts import clash
 from lowrank_lit._session import RecipeCLI, build
 from lowrank_lit._settings import Override, callback_entry, callback_help, drop_callback, read_settings
 from lowrank_lit._sweep import grid_of, sweep_recipe
-from lowrank_lit._tables import gibibytes, table
+from lowrank_lit._tables import table
 from lowrank_lit.errors import ExportError, RecipeError
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.settings import Settings
@@ -52,26 +53,18 @@ def compress(recipe: Path, overrides: Sequence[Override], flags: Sequence[str]) 
     return 0
 
 
-def evaluate(recipe: Path, overrides: Sequence[Override], flags: Sequence[str], *, path: str | None = None) -> int:
-    """Perplexity of the dense and of the exported model, in one table."""
+def evaluate(
+    recipe: Path, overrides: Sequence[Override], flags: Sequence[str], *, path: str | None = None, **options: Any
+) -> int:
+    """The dense and the exported model measured alike: perplexity, and what ``options`` ask for."""
+    asked = wanted(**options)  # an unknown name is refused before anything is loaded
     settings = read_settings(recipe, overrides)
     folder = Path(path) if path else _export_folder(settings)
     if not (folder / "config.json").is_file():
         raise ExportError(
             f"no exported model in '{folder}'; run `lowrank-lit run {recipe}` first, or give --path FOLDER"
         )
-    cli = build(recipe, settings, flags)
-    rows = [["model", "parameters", "weights", "perplexity"]]
-    for name, source in (("dense", cli.model.source), (str(folder), str(folder))):
-        found = _measured(cli, source)
-        rows.append([name, f"{found.parameters:,}", gibibytes(found.bytes), f"{found.perplexity:.3f}"])
-    print(table(rows))
-    count, length = _test_blocks(cli).shape
-    print(
-        f"Perplexity on split test ({cli.datamodule.sources['test']}): {count} blocks of {length} tokens from the "
-        f"start, {length - 1} targets each, weights in {_dtype_name(cli.model.dtype_in_memory)}."
-    )
-    return 0
+    return evaluate_recipe(build(recipe, settings, flags), folder, asked)
 
 
 class _Measured(NamedTuple):
@@ -305,10 +298,6 @@ def _export_folder(settings: dict[str, Any]) -> Path:
     entry = callback_entry(settings, "ExportOnFitEnd") or {}
     chosen = (entry.get("init_args") or {}).get("dirpath")
     return Path(chosen) if chosen else _root(settings) / "model"
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 STAGES: dict[str, Callable[..., int]] = {

@@ -40,3 +40,16 @@ def gibibytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1024:.2f} KiB"
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same rows as a table of Markdown; all columns but the first are aligned to the right.
+
+    Examples:
+        >>> print(markdown([["name", "size"], ["a", "1.5"]]))
+        | name | size |
+        | --- | ---: |
+        | a | 1.5 |
+    """
+    lines = [rows[0], ["---", *["---:"] * (len(rows[0]) - 1)], *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -23,7 +23,7 @@ Low-rank compression of language models with PyTorch Lightning.
 
   run       the whole recipe: calibrate, allocate, factor, recover, evaluate, export, report
   compress  the recipe without recovery
-  evaluate  perplexity of the dense and of the exported model
+  evaluate  perplexity, accuracy and speed of the dense and of the exported model
   export    a Lightning checkpoint as a Hugging Face folder
   convert   the same without a recipe, also of a folder of DeepSpeed's: CHECKPOINT --model MODEL --output FOLDER
   plan      ranks of every matrix and the predicted loss; with --dry-run counts, memory and disk from the configuration
@@ -48,8 +48,47 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {},
     ),
     "evaluate": (
-        "Prints the perplexity of the recipe's dense model and of an exported folder.",
-        {"--path": {"help": "exported folder (default: where the recipe's ExportOnFitEnd writes)"}},
+        "Measures the recipe's dense model and an exported folder alike: perplexity always, accuracy and speed where "
+        "asked for. Prints both in one table and writes evaluation.json and evaluation.md to trainer.default_root_dir. "
+        "What the figures count: docs/evaluation.md.",
+        {
+            "--path": {"help": "exported folder (default: where the recipe's ExportOnFitEnd writes)"},
+            "--text": _axis("the recipe's data.sources.test", "files or hub:NAME:SPLIT to measure perplexity on"),
+            "--protocol": {
+                "choices": ("blocks", "sliding"),
+                "default": "blocks",
+                "help": "of the perplexity: blocks of data.block_size, or a window of that size that slides "
+                "(default: blocks)",
+            },
+            "--stride": {
+                "type": int,
+                "metavar": "N",
+                "help": "with --protocol sliding: tokens from one window to the next (default: half of a window)",
+            },
+            "--bos": {
+                "choices": ("none", "prepend"),
+                "default": "none",
+                "help": "whether the tokenizer's BOS comes before every window and every query (default: none)",
+            },
+            "--multiple_choice --multiple-choice": _axis("none", "files of lines with query, choices, gold"),
+            "--delimiter": {
+                "default": " ",
+                "metavar": "TEXT",
+                "help": "between query and choice where no white space stands there (default: a space)",
+            },
+            "--throughput": {
+                "nargs": "?",
+                "const": "1,8",
+                "metavar": "BATCH_SIZES",
+                "help": "time prefill and decode at these batch sizes (without a value: 1,8)",
+            },
+            "--tasks": _axis("none", "tasks of lm-evaluation-harness, names or YAML files"),
+            "--limit": {
+                "type": int,
+                "metavar": "N",
+                "help": "questions of each file and examples of each task, from the start (default: all)",
+            },
+        },
     ),
     "export": (
         "Writes a Lightning checkpoint of the recipe as a Hugging Face folder.",

@@ -19,11 +19,14 @@ def perplexity(
     *,
     batch_size: int = 8,
     device: torch.device | str | None = None,
+    first: Tensor | None = None,
 ) -> float:
     """Perplexity of a causal language model, exp of its mean next-token cross-entropy.
 
     Each block is read by itself, and tokens 2 to ``length`` of each are its targets: every target of every block has
     the same weight, whatever the batch size. Nothing is left out: a target of probability 0 makes the result ``inf``.
+    For sliding windows and a BOS token see :func:`lowrank_lit.windows.cut_windows`, which gives ``blocks`` and
+    ``first``.
 
     Args:
         model: Called as ``model(input_ids=...)``; returns logits ``(batch, length, vocabulary)``, as a tensor, first in
@@ -31,9 +34,11 @@ def perplexity(
         blocks: Token ids, LongTensor ``(n, length)``, both at least 1 and 2.
         batch_size: Blocks per forward pass.
         device: Where to evaluate; the model moves there and back. None stays where the model is.
+        first: Place of the first target in each block, LongTensor ``(n,)`` of 1 to ``length - 1``; what stands before
+            it is context. None is 1, every token that has one before it.
 
     Returns:
-        exp(-mean over all n (length - 1) targets of log p(token | the tokens before it in its block)), in [1, inf].
+        exp(-mean over all targets of log p(token | the tokens before it in its block)), in [1, inf].
 
     Raises:
         DataError: If ``blocks`` or ``batch_size`` has the wrong shape, type or range, or a block is longer than the
@@ -42,30 +47,44 @@ def perplexity(
         NonFiniteError: If a logit is NaN or positive infinity; the message names the block.
     """
     _check_blocks(model, blocks, batch_size)
-    _check_places(model, device)
+    begins = _first_targets(blocks, first)
+    check_places(model, device)
     total = 0.0
     with torch.no_grad(), evaluating(model), moved(model, device) as place:
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size].to(place)
-            logits = _logits(model, ids)
+            logits = causal_logits(model, ids)
             # Block by block: the float32 copy of one block's logits is small beside that of a whole batch.
             for index in range(len(ids)):
-                total += _block_loss(logits[index], ids[index], start + index)
-    mean = total / (blocks.shape[0] * (blocks.shape[1] - 1))
+                total += _block_loss(logits[index], ids[index], start + index, begins[start + index])
+    mean = total / (blocks.numel() - sum(begins))
     try:
         return math.exp(mean)
     except OverflowError:
         return math.inf
 
 
-def _block_loss(logits: Tensor, ids: Tensor, block: int) -> float:
-    """Sum of the next-token losses of one block, in nats; logits ``(length, vocabulary)``, ids ``(length,)``.
+def _first_targets(blocks: Tensor, first: Tensor | None) -> list[int]:
+    """Place of each block's first target."""
+    count, length = blocks.shape
+    if first is None:
+        return [1] * count
+    if first.shape != (count,) or first.dtype != torch.long or int(first.min()) < 1 or int(first.max()) >= length:
+        raise DataError(
+            f"first has shape {tuple(first.shape)} and dtype {first.dtype}; give one place of 1 to {length - 1} for "
+            f"each of the {count} blocks, as torch.long"
+        )
+    return [int(place) for place in first]
+
+
+def _block_loss(logits: Tensor, ids: Tensor, block: int, first: int) -> float:
+    """Sum of one block's losses in nats from place ``first`` on; logits ``(length, vocabulary)``, ids ``(length,)``.
 
     torchmetrics' Perplexity takes the logarithm of softmax probabilities, which underflow to 0 and make the loss
     infinite where the logits are far apart; cross_entropy stays in logarithms. Losses are float32, their sum float64.
     """
-    wide = logits[:-1].to(torch.promote_types(logits.dtype, torch.float32))
-    losses = nn.functional.cross_entropy(wide, ids[1:], reduction="none")
+    wide = logits[first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
+    losses = nn.functional.cross_entropy(wide, ids[first:], reduction="none")
     loss = float(losses.cpu().double().sum())  # summed on the CPU: not every device has float64
     if math.isnan(loss):
         raise NonFiniteError(
@@ -74,7 +93,12 @@ def _block_loss(logits: Tensor, ids: Tensor, block: int) -> float:
     return loss
 
 
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
+def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Logits ``(batch, length, vocabulary)`` of token ids ``(batch, length)``.
+
+    Raises:
+        ModelError: If the model gives none of that shape.
+    """
     logits = logits_of(model, {"input_ids": ids})
     if logits is None or logits.ndim != 3 or logits.shape[:2] != ids.shape:
         shape = "missing" if logits is None else tuple(logits.shape)
@@ -113,8 +137,12 @@ def _check_blocks(model: nn.Module, blocks: Tensor, batch_size: int) -> None:
         )
 
 
-def _check_places(model: nn.Module, device: torch.device | str | None) -> None:
-    """Check that the model has weights to compute with, all in one place where it is to be moved."""
+def check_places(model: nn.Module, device: torch.device | str | None) -> None:
+    """Check that the model has weights to compute with, all in one place where it is to be moved.
+
+    Raises:
+        ModelError: If they are on the meta device, or on several.
+    """
     places = list(dict.fromkeys(tensor.device for tensor in (*model.parameters(), *model.buffers())))
     if any(place.type == "meta" for place in places):
         raise ModelError(f"{type(model).__name__} has weights on the meta device; load them before evaluating")

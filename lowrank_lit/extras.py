@@ -41,3 +41,23 @@ def load_deepspeed(setting: str) -> Any:
             f"{setting} needs DeepSpeed ({error}); install it with: pip install 'lowrank-lit[deepspeed]'"
         ) from error
     return deepspeed
+
+
+def load_lm_eval(setting: str) -> Any:
+    """The package ``lm_eval``, with its adapter for models of transformers.
+
+    Args:
+        setting: What needs it, as the user wrote it; for the error.
+
+    Raises:
+        LowRankError: If it is not installed, or does not load.
+    """
+    try:
+        import lm_eval
+        import lm_eval.models.huggingface
+        import lm_eval.tasks
+    except ImportError as error:
+        raise LowRankError(
+            f"{setting} needs lm-evaluation-harness ({error}); install it with: pip install 'lowrank-lit[eval]'"
+        ) from error
+    return lm_eval

@@ -111,7 +111,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     missing += [f"{name}.{key}" for name, keys in _REQUIRED.items() for key in keys if key not in record.get(name, {})]
     if missing:
         raise LowRankError(f"the record lacks '{missing[0]}'; make it with lowrank_lit.report.assemble")
-    text = json.dumps(_plain(record, "record"), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(plain_json(record, "record"), indent=2, allow_nan=False) + "\n"
     with replacing(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -151,12 +151,12 @@ def prediction(predicted: Mapping[str, Any] | None, perplexity: Mapping[str, Any
     return {**predicted, "measured_nats": measured, "kind": "estimate from second moments of the calibration text"}
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain_json(value: Any, where: str) -> Any:
     """The same value in JSON's types; anything unknown by its text, so that a setting of any type can be recorded."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {str(key): plain_json(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        return [plain_json(item, f"{where}[{index}]") for index, item in enumerate(value)]
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number in a tensor or a numpy scalar
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):

@@ -19,11 +19,12 @@ import torch
 import yaml
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+import lowrank_lit
 from lowrank_lit import _scripts, cli
 from lowrank_lit.collection import Collection
-from lowrank_lit.data import train_tokenizer
+from lowrank_lit.data import load_tokenizer, train_tokenizer
 from lowrank_lit.plan import RankPlan
-from tests.tiny import tiny_model
+from tests.tiny import batches, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "".join(f"the {n} small foxes of {n * 7 % 13} jump over {n * 5 % 11} lazy dogs\n" for n in range(3000))
@@ -249,6 +250,92 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
     assert {matrix.name: matrix.rank for matrix in plan.matrices} == {
         matrix["name"]: matrix["rank"] for matrix in exported["plan"]["matrices"]
     }
+
+
+def test_evaluate_measures_both_models_alike(run: Run, tmp_path: Path, workplace: Path) -> None:
+    """Both models in every table, the same figures in JSON and Markdown, and those of the functions."""
+    model = tiny_model("llama", vocab_size=300)
+    result = lowrank_lit.compress(model, batches(300, length=32), keep_ratio=0.6, min_rank=2, preset="unirank")
+    lowrank_lit.export(model, result.plan, "out/model")
+    lines = [{"query": f"the {n} small", "choices": ["foxes", "dogs of it"], "gold": n % 2} for n in range(9)]
+    (tmp_path / "first.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "second.jsonl").write_text("\n".join(map(json.dumps, lines[::-1])))
+    options = ["--multiple_choice=first.jsonl,second.jsonl", "--limit=6", "--protocol=sliding"]
+    code, out, err = run("evaluate", "tiny", *options, "--stride", "8", "--bos=prepend", "--throughput", "1,2")
+    assert code == 0, err
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())
+    page = (tmp_path / "out/evaluation.md").read_text()
+    assert record["protocol"]["perplexity"].items() >= {"name": "sliding", "stride": 8, "bos": "prepend"}.items()
+    assert list(record["models"]) == ["dense", "compressed"]
+    assert record["models"]["dense"]["source"] == str(workplace / "model")
+    for model in record["models"].values():
+        (text,) = model["perplexity"].values()
+        assert text["targets"] == 4 * 32, "with a BOS before it the first token is scored too"
+        assert f"{text['value']:.3f}" in out
+        assert f"{text['value']:.3f}" in page
+        assert [timed["batch_size"] for timed in model["throughput"]] == [1, 2]
+        assert model["multiple_choice"]["first.jsonl"]["questions"] == 6
+    rows = {line.split("  ")[0]: line for line in out.splitlines()}
+    for name in (
+        "first.jsonl, acc",
+        "second.jsonl, acc_norm",
+        "prefill, tokens/s, batch 1",
+        "decode, tokens/s, batch 2",
+    ):
+        assert name in rows
+        assert f"| {name} |" in page
+    assert "windows of 32 tokens, one every 8, BOS before each" in out
+    module = lowrank_lit.LowRankModule(str(workplace / "model"))
+    module.configure_model()
+    tokenizer = load_tokenizer(str(workplace / "model"))
+    found = lowrank_lit.multiple_choice(
+        module.model, tokenizer, tmp_path / "first.jsonl", limit=6, batch_size=1, bos="prepend"
+    )
+    assert record["models"]["dense"]["multiple_choice"]["first.jsonl"]["acc"] == found.acc
+    assert f"{found.acc:.4f} ± {found.acc_stderr:.4f}" in rows["first.jsonl, acc"]
+    medians = [m["throughput"][0]["decode_tokens_per_second"]["median"] for m in record["models"].values()]
+    assert rows["decode, tokens/s, batch 1"].split()[-1] == f"{medians[1] / medians[0]:.3f}"
+    (tmp_path / "short.txt").write_text("the small fox " * 40)
+    code, out, err = run("evaluate", "tiny", f"--text=short.txt,{workplace / 'text.txt'}")
+    assert code == 0, err
+    assert "perplexity, short.txt" in out
+    plain = json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["dense"]
+    assert list(plain["perplexity"]) == ["short.txt", str(workplace / "text.txt")]
+    assert (plain["throughput"], plain["multiple_choice"], plain["tasks"]) == ([], {}, {})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--protocol=rolling"], "argument --protocol: invalid choice: 'rolling'"),
+        (["--stride=8"], "stride=8 belongs to protocol='sliding'"),
+        (["--protocol=sliding", "--stride=32"], "stride=32 is outside [1, 31], one less than a window's length (data."),
+        (["--protocol=sliding", "--stride=0"], "stride=0 is outside"),
+        (["--bos=yes"], "argument --bos: invalid choice: 'yes'"),
+        (["--throughput=fast"], "option '--throughput': 'fast' is no batch size"),
+        (["--throughput=0"], "option '--throughput': '0' is no batch size"),
+        (["--multiple_choice=nowhere.jsonl"], "option '--multiple_choice': file 'nowhere.jsonl' does not exist"),
+        (["--multiple_choice=bad.jsonl"], "file 'bad.jsonl', line 2: 'gold' is 5"),
+        (["--multiple_choice=,"], "option '--multiple_choice' is empty"),
+        (["--limit=5"], "option '--limit': 5 limits nothing"),
+        (["--limit=1", "--multiple_choice=bad.jsonl"], "option '--limit': 1 is too small"),
+        (["--text=nowhere.txt"], "text file 'nowhere.txt' does not exist"),
+        (["--tasks=hellaswag"], "tasks=['hellaswag'] needs lm-evaluation-harness"),
+        (["--task=hellaswag"], "unknown option '--task'"),
+    ],
+)
+def test_what_evaluate_refuses(
+    run: Run, tmp_path: Path, workplace: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], message: str
+) -> None:
+    """In one line and before a model is loaded: the folder that stands for the export holds no weights."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    good = {"query": "the", "choices": ["fox", "dog"], "gold": 0}
+    (tmp_path / "bad.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(good | {'gold': 5})}\n")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.json").write_text("{}")
+    code, _, err = run("evaluate", "tiny", "--path=empty", "--model.model=./nowhere", *options)
+    assert (code, last_line(err).startswith("error: ")) == (2, True)
+    assert message in last_line(err)
 
 
 def test_plan_predicts_the_loss_from_one_pass(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

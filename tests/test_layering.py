@@ -49,13 +49,14 @@ GROUPS: tuple[tuple[str, ...], ...] = (
         *("compress", "sweep", "cache", "distillation", "evaluation"),
         *("folders", "weights", "modeling_lowrank", "formats", "hub", "report"),
     ),
+    ("windows", "timing", "harness"),
     ("_footprints", "estimate"),
-    ("corpus", "sources", "instructions", "data", "module", "strategies"),
+    ("corpus", "sources", "choices", "instructions", "data", "module", "strategies"),
     ("callbacks", "recipes"),
     ("_recipes", "_scripts"),
     ("_settings",),
     ("_session",),
-    ("_convert", "_dry_run", "_stages", "_prediction", "_sweep", "cli", "__main__"),
+    ("_convert", "_dry_run", "_evaluate", "_stages", "_prediction", "_sweep", "cli", "__main__"),
 )
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -156,7 +157,9 @@ def test_every_import_is_a_declared_dependency() -> None:
     table = tomllib.loads(file.read_text(encoding="utf-8"))["project"]
     extras = table["optional-dependencies"]
     declared = {canonicalize_name(Requirement(text).name) for text in table["dependencies"]}
-    declared |= {canonicalize_name(Requirement(text).name) for text in extras["qlora"] + extras["deepspeed"]}
+    declared |= {
+        canonicalize_name(Requirement(text).name) for text in extras["qlora"] + extras["deepspeed"] + extras["eval"]
+    }
     providers = packages_distributions()
     seen = set()
     for module, path in FILES.items():
