@@ -82,8 +82,15 @@ def _ranks(matrices: Sequence[MatrixPlan]) -> dict[str, Any]:
 
 
 def components(full_rank: int) -> list[int]:
-    """Numbers of the components that are kept of a spectrum: 1 to ``full_rank``, at most 32, in equal ratios."""
-    return sorted({round(float(number)) for number in np.geomspace(1, full_rank, min(POINTS, full_rank))})
+    """Numbers of the components that are kept of a spectrum: all up to 32, else 32 from 1 to ``full_rank`` in equal
+    ratios, but for the first, which are whole numbers apart."""
+    if full_rank <= POINTS:
+        return list(range(1, full_rank + 1))
+    places = [1.0]
+    for left in range(POINTS - 1, 0, -1):
+        last = places[-1]
+        places.append(max(last + 1, last * (full_rank / last) ** (1 / left)))
+    return [int(place + 0.5) for place in places]
 
 
 def spectrum_cells(spectra: Mapping[str, Spectrum]) -> list[dict[str, Any]]:
