@@ -114,7 +114,11 @@ def usage(trainer: pl.Trainer) -> dict[str, Any] | None:
         return None
     weight = next(model_of(trainer.lightning_module).parameters())
     dtype = getattr(trainer.lightning_module, "dtype_in_memory", weight.dtype)
-    found = {"folder": str(export.folder(trainer)), "dtype": str(dtype).removeprefix("torch."), "test": None}
+    found: dict[str, Any] = {
+        "folder": str(export.folder(trainer)),
+        "dtype": str(dtype).removeprefix("torch."),
+        "test": None,
+    }
     data = getattr(trainer, "datamodule", None)
     if isinstance(data, TextDataModule) and data.has("test"):
         sizes = {"block_size": data.block_size, "evaluation_blocks": data.evaluation_blocks}

@@ -298,11 +298,12 @@ def _log_settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 def _log_pictures(trainer: pl.Trainer, folder: Path, pictures: Mapping[str, Figure | None]) -> None:
     """Pictures, in the loggers that take them."""
     for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
         for key, figure in pictures.items():
             if hasattr(logger, "log_image"):
                 logger.log_image(f"lowrank/{key}", [str(folder / f"{key}.png")], step=trainer.global_step)
-            elif hasattr(logger.experiment, "add_figure"):
-                logger.experiment.add_figure(f"lowrank/{key}", figure, trainer.global_step)
+            elif hasattr(experiment, "add_figure"):
+                experiment.add_figure(f"lowrank/{key}", figure, trainer.global_step)
         logger.save()
 
 

@@ -45,7 +45,9 @@ def scrolling(content: Markup, label: str) -> Markup:
     return element("div", content, class_="wide", role="region", aria_label=label, tabindex=0)
 
 
-def table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]], numeric: int = 0) -> Markup:
+def table(
+    caption: str, head: Sequence[object], rows: Sequence[Sequence[object]], numeric: int = 0, *, wordy: bool = False
+) -> Markup:
     """A table with a caption; the first cell of each row is its heading.
 
     Args:
@@ -53,6 +55,7 @@ def table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]]
         head: Headings of the columns.
         rows: As many cells each.
         numeric: How many columns after the first hold numbers, which stand to the right.
+        wordy: Whether the last column holds sentences, which need room.
     """
 
     def kind(column: int) -> str | None:
@@ -68,7 +71,7 @@ def table(caption: str, head: Sequence[object], rows: Sequence[Sequence[object]]
         for row in rows
     ]
     content = (element("thead", element("tr", *headings)), element("tbody", *lines))
-    return scrolling(element("table", element("caption", caption), *content), caption)
+    return scrolling(element("table", element("caption", caption), *content, class_="text" if wordy else None), caption)
 
 
 def bar(share: float) -> Markup:
@@ -107,7 +110,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; marg
 .lead { font-size: 1.05rem; }
 .absent, .dim, caption, figcaption, .cards dt, .cards small { color: var(--dim); }
 .absent { font-style: italic; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .7rem; margin: 1rem 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
 .cards div { background: var(--soft); border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .8rem; }
 .cards dt { font-size: .85rem; }
 .cards dd { margin: 0; font-size: 1.45rem; font-variant-numeric: tabular-nums; }
@@ -117,13 +120,17 @@ table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabu
 caption { text-align: left; padding-bottom: .3rem; }
 th, td { text-align: left; vertical-align: top; padding: .22rem .9rem .22rem 0; border-bottom: 1px solid var(--line); }
 thead th { color: var(--dim); font-weight: 600; vertical-align: bottom; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; overflow-wrap: normal; min-width: 6rem; }
+td:last-child:not(.number) { min-width: 9.2rem; }
+.text td:last-child { min-width: 15rem; }
+@media (min-width: 44rem) { .text tbody th { white-space: nowrap; } }
 .number { text-align: right; white-space: nowrap; }
 .bar { display: block; width: 9rem; height: .7rem; margin-top: .35rem; background: var(--soft); }
 .bar span { display: block; height: 100%; min-width: 1px; background: var(--accent); }
 .heat { border-collapse: separate; border-spacing: 2px; }
 .heat th, .heat td { border: 0; padding: .2rem .45rem; text-align: center; vertical-align: middle; }
 .heat thead th { font-size: .78rem; line-height: 1.2; max-width: 7.5rem; min-width: 3.4rem; vertical-align: bottom; }
+.heat th { min-width: 0; } .heat td:last-child:not(.number) { min-width: 0; }
 .heat td { border-radius: 3px; }
 .heat small { display: block; font-size: .72rem; line-height: 1.2; white-space: nowrap; }
 .dense { color: var(--dim); background: repeating-linear-gradient(45deg, var(--soft) 0 4px, var(--line) 4px 5px); }

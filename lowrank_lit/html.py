@@ -129,7 +129,9 @@ def _summary(record: Mapping[str, Any]) -> list[Markup]:
     rows = [row for row in summary_rows(record) if any(cell not in ("", "–") for cell in row[1:4])]
     missing = [row[0] for row in summary_rows(record) if row not in rows]
     parts = [] if record["complete"] else [absent("The run has not come to its end; what it had measured is here.")]
-    parts.append(table("What was measured", ["figure", "dense", "compressed", "ratio", "what it counts"], rows, 3))
+    parts.append(
+        table("What was measured", ["figure", "dense", "compressed", "ratio", "what it counts"], rows, 3, wordy=True)
+    )
     return parts + ([absent(f"Not measured: {'; '.join(missing)}.")] if missing else [])
 
 

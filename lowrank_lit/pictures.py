@@ -105,18 +105,19 @@ def loss_figure(record: Mapping[str, Any]) -> Figure | None:
     _plot(axes, curves["train"], color="#0072B2", label="training")
     if "validation" in curves:
         _plot(axes, curves["validation"], color="#D55E00", label="validation", marker="o", markersize=4, linestyle="--")
-    handles = axes.get_legend_handles_labels()
+    drawn = [axes]
     if "rate" in curves:
         rate = axes.twinx()
         _plot(rate, curves["rate"], color="#888888", label="learning rate", linewidth=1, linestyle=":")
         rate.set_ylabel("learning rate", fontsize=9)
         rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         rate.tick_params(labelsize=8)
-        handles = tuple(own + other for own, other in zip(handles, rate.get_legend_handles_labels(), strict=True))
+        drawn.append(rate)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("loss", fontsize=9)
     axes.tick_params(labelsize=8)
-    axes.legend(*handles, fontsize=8, frameon=False)
+    handles = [handle for part in drawn for handle in part.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, fontsize=8, frameon=False)
     return figure
 
 

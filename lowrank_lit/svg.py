@@ -12,7 +12,9 @@ from html import escape
 
 from lowrank_lit.errors import LowRankError
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 50.0, 12.0, 10.0, 38.0
+_RIGHT, _TOP, _BOTTOM = 12.0, 10.0, 38.0
+_DIGIT = 6.8
+"""Width of a digit, for the room that the numbers beside the axis need."""
 _LEAST = 1e-12
 """Of a logarithmic axis: what is smaller has no place on it."""
 
@@ -46,9 +48,20 @@ class _Axes:
     width: float
     height: float
 
+    @property
+    def left(self) -> float:
+        """Where the plot begins."""
+        return 26 + _DIGIT * max(len(_number(value)) for value in self.ticks)
+
+    @property
+    def ticks(self) -> list[float]:
+        """Of the ``y`` axis."""
+        most = 6 if self.height > 200 else 4
+        return (log_ticks if self.log_y else linear_ticks)(*self.y, most)
+
     def across(self, value: float) -> float:
         low, high = self.x
-        return _LEFT + (value - low) / (high - low) * (self.width - _LEFT - _RIGHT)
+        return self.left + (value - low) / (high - low) * (self.width - self.left - _RIGHT)
 
     def down(self, value: float) -> float:
         low, high = self.y
@@ -136,22 +149,33 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
     return found[:: math.ceil(len(found) / most)]
 
 
+def _number(value: float) -> str:
+    """``0.00025`` as ``2.5e-4``, without the sign and the zero that Python pads an exponent with."""
+    mantissa, _, exponent = f"{value:.4g}".partition("e")
+    if 0 < abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
 def _grid(axes: _Axes) -> list[str]:
     right, bottom = axes.width - _RIGHT, axes.height - _BOTTOM
     parts = []
-    for value in (log_ticks if axes.log_y else linear_ticks)(*axes.y):
+    for value in axes.ticks:
         y = f"{axes.down(value):.1f}"
-        parts.append(f'<line class="grid" x1="{_LEFT:g}" y1="{y}" x2="{right:g}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{_LEFT - 6:g}" y="{y}" dy="0.32em" text-anchor="end">{value:.4g}</text>')
+        parts.append(f'<line class="grid" x1="{axes.left:g}" y1="{y}" x2="{right:g}" y2="{y}"/>')
+        parts.append(
+            f'<text class="tick" x="{axes.left - 6:g}" y="{y}" dy="0.32em" text-anchor="end">{_number(value)}</text>'
+        )
     for value in linear_ticks(*axes.x):
         x = f"{axes.across(value):.1f}"
         parts.append(f'<line class="grid" x1="{x}" y1="{bottom:g}" x2="{x}" y2="{bottom + 4:g}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{bottom + 16:g}" text-anchor="middle">{value:.5g}</text>')
+        parts.append(f'<text class="tick" x="{x}" y="{bottom + 16:g}" text-anchor="middle">{_number(value)}</text>')
     return parts
 
 
 def _labels(axes: _Axes, x_label: str, y_label: str) -> list[str]:
-    middle, half = (_LEFT + axes.width - _RIGHT) / 2, (_TOP + axes.height - _BOTTOM) / 2
+    middle, half = (axes.left + axes.width - _RIGHT) / 2, (_TOP + axes.height - _BOTTOM) / 2
     turned = f'transform="rotate(-90 12 {half:g})"'
     return [
         f'<text class="tick" x="{middle:g}" y="{axes.height - 5:g}" text-anchor="middle">{escape(x_label)}</text>',
