@@ -352,7 +352,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     home = f"--user-data-dir={tmp_path / 'profile'}"
     shot = f"--screenshot={tmp_path / 'page.png'}"
     command = [browser, *options, home, shot, (tmp_path / "report.html").as_uri()]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=250)
     from matplotlib.image import imread
 
     picture = imread(tmp_path / "page.png")
