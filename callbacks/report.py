@@ -1,16 +1,21 @@
-"""The record, the picture and the table of a run."""
+"""The record, the page, the pictures and the table of a run."""
 
 from __future__ import annotations
 
 import os
 import time
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lowrank_lit.callbacks._collected import TrainingCurves, hardware, usage
 from lowrank_lit.callbacks._shared import find_callback
 from lowrank_lit.callbacks.compression import LowRankCompression, evaluation_hash, measure
 from lowrank_lit.callbacks.export import refuse_sharded
@@ -19,8 +24,14 @@ from lowrank_lit.callbacks.recovery import RankPreservingLoRA
 from lowrank_lit.compress import CompressionResult
 from lowrank_lit.errors import ExportError
 from lowrank_lit.evaluation import peak_memory_bytes
+from lowrank_lit.html import PAGE, RECORD, write_page
 from lowrank_lit.module import model_of
-from lowrank_lit.report import assemble, plot_ranks, prediction, summary_table, write_record
+from lowrank_lit.overview import rank_cells
+from lowrank_lit.pictures import loss_figure, save_figure, spectra_figure
+from lowrank_lit.report import assemble, prediction, ranks_figure, read_record, summary_table, write_record
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _SPLIT = "test"  # where LowRankCompression measures too; another one would compare perplexities of two texts
 
@@ -28,11 +39,18 @@ _QUANTISED = ("settings", "parameters", "bytes", "bits_per_weight", "largest_pro
 
 
 class RankReport(pl.Callback):
-    """Write ``record.json`` and ``ranks.png``, print one table with the plan's notes, and log its figures.
+    """Write ``record.json``, the page ``report.html`` and ``ranks.png``, ``spectra.png`` and ``loss.png``; print one
+    table with the plan's notes; log settings, figures and pictures.
 
-    A record is also written when the fit starts and when training ends, so that a run which dies later leaves what it
-    had measured. Without a LowRankCompression among the trainer's callbacks there is nothing to report, which is warned
-    of. Perplexities are measured on the datamodule's ``evaluation("test")``, where it has one.
+    Record and page are also written when the fit starts and when training ends, so that a run which dies later leaves
+    what it had measured; the page can be made again from the record, :func:`lowrank_lit.html.page_of_folder`. A file
+    that cannot be written costs a warning, not the run. Without a LowRankCompression among the trainer's callbacks
+    there is nothing to report, which is warned of. Perplexities are measured on the datamodule's
+    ``evaluation("test")``, where it has one.
+
+    Every logger of the trainer is given the settings (``log_hyperparams``) and figures (``log_metrics``) under
+    ``lowrank/``. Pictures go to those that take them: an ``experiment`` with ``add_figure`` (TensorBoard), or a logger
+    with ``log_image`` (Weights & Biases).
 
     Args:
         dirpath: Folder to write to; by default the trainer's root folder.
@@ -54,6 +72,7 @@ class RankReport(pl.Callback):
         self.record: dict[str, Any] = {}
         self._started = self._train_started = time.perf_counter()
         self._recover: float | None = None
+        self._curves = TrainingCurves()
 
     def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
         """Find out before the calibration whether there is a folder to write to; any earlier record is replaced."""
@@ -69,19 +88,44 @@ class RankReport(pl.Callback):
         if stage != "fit":
             return
         refuse_sharded(trainer, "RankReport", at_end=True)
-        self._started, self._recover = _start_of(trainer, self), None
+        self._started, self._recover, self._curves = _start_of(trainer, self), None, TrainingCurves()
         if find_callback(trainer, LowRankCompression) is None:
             rank_zero_warn("RankReport has nothing to report: there is no LowRankCompression among the callbacks")
         if (memory := find_callback(trainer, MemoryReport)) is not None:
             memory.report_elsewhere()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what the compression measured."""
+        """Keep what the compression measured, and log how it was made."""
         self._write(trainer, self._assemble(trainer))
+        _log_settings(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock of the recovery."""
         self._train_started = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the learning rate."""
+        self._curves.before_batch(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the loss."""
+        self._curves.after_batch(trainer, outputs)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the validation loss."""
+        self._curves.after_validation(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Key ``curves``: what was seen of the training, which a run that goes on continues."""
+        return {"curves": self._curves.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the curves of a checkpoint."""
+        self._curves.load_state_dict(state_dict["curves"])
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop the clock of the recovery."""
@@ -96,19 +140,31 @@ class RankReport(pl.Callback):
         if result is not None and trainer.is_global_zero:
             recovered = self._recovered(trainer, pl_module)
             self.record = self._assemble(trainer, recovered) | {"complete": True}
-            self._write(trainer, self.record)
-            plot_ranks(result.plan, self._folder(trainer) / "ranks.png")
-            _show(self.record, self._folder(trainer))
+            written = self._write(trainer, self.record)
+            pictures = {
+                "ranks": ranks_figure(result.plan),
+                "spectra": spectra_figure(self.record),
+                "loss": loss_figure(self.record),
+            }
+            written += _save_pictures(self._folder(trainer), pictures)
+            _show(self.record, self._folder(trainer), written)
             _log(trainer, self.record)
+            _log_pictures(trainer, self._folder(trainer), {k: v for k, v in pictures.items() if f"{k}.png" in written})
         if memory is not None:
             memory.finish(trainer)
 
     def _folder(self, trainer: pl.Trainer) -> Path:
         return Path(trainer.default_root_dir if self.dirpath is None else self.dirpath)
 
-    def _write(self, trainer: pl.Trainer, record: dict[str, Any]) -> None:
-        if _result(trainer) is not None and trainer.is_global_zero:
-            write_record(self._folder(trainer) / "record.json", record)
+    def _write(self, trainer: pl.Trainer, record: dict[str, Any]) -> list[str]:
+        """Write record and page; returns the names of the files that could be written."""
+        if _result(trainer) is None or not trainer.is_global_zero:
+            return []
+        folder = self._folder(trainer)
+        written = _attempt(RECORD, lambda: write_record(folder / RECORD, record))
+        if written:  # from the record as it is read: what `lowrank-lit report` makes of it again
+            written += _attempt(PAGE, lambda: write_page(folder / PAGE, read_record(folder / RECORD)))
+        return written
 
     def _recovered(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float | None, float]:
         """Perplexity after the fit, ``None`` without a step or a text, and the seconds that it took."""
@@ -152,6 +208,10 @@ class RankReport(pl.Callback):
             "quantization": quantised and {key: quantised[key] for key in _QUANTISED},
             "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED")) else None,
             "config": _config(trainer),
+            "ranks": rank_cells(result.plan),
+            "curves": self._curves.record(),
+            "hardware": hardware(trainer),
+            "usage": usage(trainer),
         }
         return assemble(before, now)
 
@@ -189,14 +249,62 @@ def _config(trainer: pl.Trainer) -> dict[str, Any]:
     return compression.settings() if isinstance(compression, LowRankCompression) else {}
 
 
-def _show(record: dict[str, Any], folder: Path) -> None:
+def _attempt(name: str, write: Callable[[], None]) -> list[str]:
+    """``[name]`` if it could be written; a report is not worth losing a run for."""
+    try:
+        write()
+    except ExportError as error:
+        warnings.warn(f"{error}; the run goes on without", stacklevel=2)
+        return []
+    return [name]
+
+
+def _save_pictures(folder: Path, pictures: Mapping[str, Figure | None]) -> list[str]:
+    """Save what there is; a picture of an earlier run that this one has no figures for goes."""
+    written = []
+    for key, figure in pictures.items():
+        path = folder / f"{key}.png"
+        if figure is None:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        else:
+            written += _attempt(path.name, partial(save_figure, figure, path))
+    return written
+
+
+def _show(record: dict[str, Any], folder: Path, written: list[str]) -> None:
     from rich.console import Console
 
     console = Console(width=None if Console().is_terminal else 120)
     console.print(summary_table(record))
     for note in record.get("notes") or []:
         console.print(f"note: {note}", soft_wrap=True, markup=False, highlight=False)
-    console.print(f"Written to {folder}: record.json, ranks.png", soft_wrap=True)
+    if written:
+        console.print(f"Written to {folder}: {', '.join(written)}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _log_settings(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """The compression's settings in every logger, and the module's own: TensorBoard shows what it is given first."""
+    result = _result(trainer)
+    if result is None:
+        return
+    logged: Any = pl_module
+    own = dict(logged.hparams_initial) if logged._log_hyperparams else {}
+    settings = {f"lowrank/{key}": value for key, value in result.record["settings"].items()}
+    for logger in trainer.loggers:
+        logger.log_hyperparams({key: value for key, value in own.items() if key != "_class_path"} | settings)
+
+
+def _log_pictures(trainer: pl.Trainer, folder: Path, pictures: Mapping[str, Figure | None]) -> None:
+    """Pictures, in the loggers that take them."""
+    for logger in trainer.loggers:
+        experiment: Any = getattr(logger, "experiment", None)
+        for key, figure in pictures.items():
+            if hasattr(logger, "log_image"):
+                logger.log_image(f"lowrank/{key}", [str(folder / f"{key}.png")], step=trainer.global_step)
+            elif hasattr(experiment, "add_figure"):
+                experiment.add_figure(f"lowrank/{key}", figure, trainer.global_step)
+        logger.save()
 
 
 def _log(trainer: pl.Trainer, record: dict[str, Any]) -> None:

@@ -300,6 +300,10 @@ def _export_folder(settings: dict[str, Any]) -> Path:
     return Path(chosen) if chosen else _root(settings) / "model"
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 STAGES: dict[str, Callable[..., int]] = {
     "run": run,
     "compress": compress,

@@ -27,6 +27,7 @@ Low-rank compression of language models with PyTorch Lightning.
   export    a Lightning checkpoint as a Hugging Face folder
   convert   the same without a recipe, also of a folder of DeepSpeed's: CHECKPOINT --model MODEL --output FOLDER
   plan      ranks of every matrix and the predicted loss; with --dry-run counts, memory and disk from the configuration
+  report    the page of a run again, from the record in its FOLDER
   sweep     perplexity over metrics, allocators, keep ratios and presets, from one calibration pass per draw
   doctor    versions, device and who answers to `lightning`
 
@@ -285,8 +286,10 @@ def _command(argv: list[str]) -> int:
         return doctor()
     if name == "convert":
         return _convert(rest)
+    if name == "report":
+        return _report(rest)
     if name not in _COMMANDS:
-        known = [*_COMMANDS, "convert", "doctor"]
+        known = [*_COMMANDS, "convert", "doctor", "report"]
         close = nearest(name, known)
         hint = f"did you mean '{close}'?" if close else f"choose one of {', '.join(known)}"
         raise RecipeError(f"unknown command '{name}'; {hint}")
@@ -337,6 +340,20 @@ def _convert(arguments: list[str]) -> int:
     from lowrank_lit._convert import convert
 
     return convert(known.pop("checkpoint"), **known)
+
+
+def _report(arguments: list[str]) -> int:
+    parser = _OneLineParser(
+        prog="lowrank-lit report",
+        description="Makes report.html again from the record.json of a run; nothing is measured.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("folder", help="where RankReport wrote")
+    folder = parser.parse_args(arguments).folder
+    from lowrank_lit.html import page_of_folder
+
+    print(page_of_folder(folder))
+    return 0
 
 
 class _OneLineParser(argparse.ArgumentParser):

@@ -21,6 +21,7 @@ from lowrank_lit._version import __version__
 from lowrank_lit.batches import as_batches, count_sequences, count_tokens, split_single
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.experts import ExpertsApart
+from lowrank_lit.overview import spectrum_cells
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.residual import find_repeating_blocks
@@ -46,7 +47,8 @@ class CompressionResult:
             {targets_dense, targets, model_dense, model}, ``bytes`` {dense, compressed} of the whole model in memory,
             ``seconds`` {calibrate, decompose, allocate, feedback, factor}, ``passes`` {forward, backward} over the
             calibration text, ``calibration`` {tokens, blocks, hash, mode}, ``predicted`` {nats, perplexity_ratio},
-            ``settings``, ``notes``.
+            ``settings``, ``notes``, and ``spectra``, a few singular values of every block and projection
+            (:func:`lowrank_lit.overview.spectrum_cells`).
     """
 
     plan: RankPlan
@@ -246,4 +248,5 @@ def _record(study: Study, draft: Draft, before: tuple[int, int]) -> dict[str, An
         "predicted": None if nats is None else {"nats": nats, "perplexity_ratio": math.exp(min(nats, 700.0))},
         "settings": draft.settings.resolved(),
         "notes": list(plan.notes),
+        "spectra": spectrum_cells({matrix.name: draft.spectra[matrix.name] for matrix in plan.matrices}),
     }

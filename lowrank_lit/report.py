@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowrank_lit._version import __version__
 from lowrank_lit.errors import ExportError, LowRankError, NonFiniteError
+from lowrank_lit.overview import place_of
 from lowrank_lit.plan import MatrixPlan, RankPlan
 
 if TYPE_CHECKING:
@@ -100,7 +101,8 @@ def assemble(*parts: Mapping[str, Any]) -> dict[str, Any]:
 def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
     """Write a record as JSON; the file is complete or is not there, or is the one that was there before.
 
-    JSON has no infinity: it is written as the string ``"Infinity"``, which ``float()`` reads.
+    JSON has no infinity: it is written as the string ``"Infinity"``, which ``float()`` reads. A list of numbers takes
+    one line, and so does each entry of a list of mappings.
 
     Raises:
         LowRankError: If a key that every record has is missing.
@@ -111,7 +113,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     missing += [f"{name}.{key}" for name, keys in _REQUIRED.items() for key in keys if key not in record.get(name, {})]
     if missing:
         raise LowRankError(f"the record lacks '{missing[0]}'; make it with lowrank_lit.report.assemble")
-    text = json.dumps(plain_json(record, "record"), indent=2, allow_nan=False) + "\n"
+    text = _json(plain_json(record, "record")) + "\n"
     with replacing(Path(path)) as partial:
         partial.write_text(text, encoding="utf-8")
 
@@ -129,7 +131,9 @@ def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise LowRankError(f"record '{path}' cannot be read ({error}); give a record.json of a RankReport") from error
     if found > RECORD_VERSION:
         raise LowRankError(f"record '{path}' has version {found}, newer than {RECORD_VERSION}; upgrade lowrank-lit")
-    record["perplexity"] = {k: math.inf if v == "Infinity" else v for k, v in record["perplexity"].items()}
+    for section in ("perplexity", "predicted"):
+        if record.get(section):
+            record[section] = {k: math.inf if v == "Infinity" else v for k, v in record[section].items()}
     return dict(record)
 
 
@@ -166,6 +170,18 @@ def plain_json(value: Any, where: str) -> Any:
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
+def _json(value: Any, indent: str = "") -> str:
+    """JSON with a line for each key, and for each entry of a list that holds more than plain values."""
+    inner = indent + "  "
+    if isinstance(value, dict) and value:
+        lines = [f"{inner}{json.dumps(key)}: {_json(item, inner)}" for key, item in value.items()]
+        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list, str)) for item in value):
+        lines = [inner + json.dumps(item, allow_nan=False) for item in value]
+        return "[\n" + ",\n".join(lines) + f"\n{indent}]"
+    return json.dumps(value, allow_nan=False)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; it becomes ``path`` if the body succeeds and vanishes if not."""
@@ -193,12 +209,17 @@ def summary_table(record: Mapping[str, Any]) -> Table:
     for heading in ("dense", "compressed", "ratio"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("what it counts", ratio=1)
-    for row in (*_size_rows(record), *_perplexity_rows(record), *_prediction_rows(record), *_cost_rows(record)):
+    for row in summary_rows(record):
         table.add_row(*row)
     return table
 
 
 _Row = tuple[str, str, str, str, str]
+
+
+def summary_rows(record: Mapping[str, Any]) -> list[_Row]:
+    """The figures of a record: name, dense, compressed, ratio, what it counts; a figure that is not there is "–"."""
+    return [*_size_rows(record), *_perplexity_rows(record), *_prediction_rows(record), *_cost_rows(record)]
 
 
 def _size_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
@@ -286,6 +307,13 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
     Raises:
         ExportError: If the file cannot be written.
     """
+    figure = ranks_figure(plan)
+    with replacing(Path(path)) as partial:
+        figure.savefig(partial, format="png")
+
+
+def ranks_figure(plan: RankPlan) -> Figure:
+    """What :func:`plot_ranks` saves."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -304,8 +332,7 @@ def plot_ranks(plan: RankPlan, path: str | os.PathLike[str]) -> None:
         loc="left",
         wrap=True,
     )
-    with replacing(Path(path)) as partial:
-        figure.savefig(partial, format="png")
+    return figure
 
 
 def plot_prediction(
@@ -378,7 +405,7 @@ def _mark_plan(axes: Axes, keep_ratio: float, nats: float, basis: str) -> None:
 
 def _grid(plan: RankPlan) -> tuple[dict[tuple[int, int], MatrixPlan], list[str], list[str]]:
     """Cells by (column, row), and the labels of both: layers in order, projections in the order of the model."""
-    places = [(_place(matrix.name), matrix) for matrix in plan.matrices]
+    places = [(place_of(matrix.name), matrix) for matrix in plan.matrices]
     stacks = {stack for (stack, layer, _), _ in places if layer is not None}
     layers = sorted({layer for (_, layer, _), _ in places if layer is not None})
     columns = [str(layer) for layer in layers]
@@ -392,15 +419,6 @@ def _grid(plan: RankPlan) -> tuple[dict[tuple[int, int], MatrixPlan], list[str],
         row = rows.setdefault(label or "layer", len(rows))
         cells[layers.index(layer) if layer is not None else len(layers), row] = matrix
     return cells, columns, list(rows)
-
-
-def _place(name: str) -> tuple[str, int | None, str]:
-    """("model.layers", 3, "self_attn.q_proj") of "model.layers.3.self_attn.q_proj"; ("", None, name) with no number."""
-    parts = name.split(".")
-    for index, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:index]), int(part), ".".join(parts[index + 1 :])
-    return "", None, name
 
 
 def _draw_cells(figure: Figure, axes: Axes, cells: Mapping[tuple[int, int], MatrixPlan], *, numbers: bool) -> None:

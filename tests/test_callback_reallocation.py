@@ -26,8 +26,10 @@ from lowrank_lit.callbacks.refinement import Refinement
 from lowrank_lit.callbacks.report import RankReport
 from lowrank_lit.errors import BudgetError, DataError, LowRankError, ModelError, PlanError
 from lowrank_lit.masks import MaskedLinear
+from lowrank_lit.overview import rank_cells
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.surgery import check_applied, target_parameters
+from tests.test_html import check
 from tests.tiny import batches, tiny_model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -208,6 +210,10 @@ def test_from_a_compressed_model_to_an_export(tmp_path: Path) -> None:
     assert record["parameters"]["model"] == parameters
     assert record["bytes"]["compressed"] == 4 * parameters
     assert record["reallocation"] == callback.history
+    assert record["ranks"] == rank_cells(callback.plan), "those of the model at the end"
+    assert len(record["spectra"]) == len(record["ranks"]), "those of the compression, under the new cuts"
+    page = check((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "reallocation[0].keep_ratio" in page.text
 
 
 def test_experts_are_cut_with_the_rest(tmp_path: Path) -> None:

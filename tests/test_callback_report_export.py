@@ -9,27 +9,32 @@ import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from html import unescape
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
-from lowrank_lit.callbacks import ExportOnFitEnd, LowRankCompression, RankPreservingLoRA, RankReport
+from lowrank_lit.callbacks import ExportOnFitEnd, FactorTuning, LowRankCompression, RankPreservingLoRA, RankReport
 from lowrank_lit.callbacks.export import round_weights
 from lowrank_lit.corpus import embedded_text
 from lowrank_lit.data import TextDataModule
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.html import render
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.module import LowRankModule
 from lowrank_lit.report import data_hash, read_record
+from tests.disks import small_disk
+from tests.test_html import check
 from tests.tiny import tiny_model
 
 _STAGES = ("calibrate", "allocate", "factor", "recover", "evaluate")
@@ -66,17 +71,16 @@ def text(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
 
 
 def make_trainer(root: Path, callbacks: list[pl.Callback], steps: int = 2, **settings: Any) -> pl.Trainer:
+    usual: dict[str, Any] = {"logger": False, "limit_val_batches": 0, "enable_checkpointing": False}
     return pl.Trainer(
         accelerator="cpu",
         devices=1,
         max_steps=steps,
-        limit_val_batches=0,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=root,
         callbacks=callbacks,
-        **{"logger": False, **settings},
+        **usual | settings,
     )
 
 
@@ -186,6 +190,132 @@ def test_picture_table_and_log(run: Run) -> None:
                 assert float(logged[f"lowrank/{section}/{key}"]) == pytest.approx(value, rel=1e-6)
 
 
+def test_the_page_is_that_of_the_record(run: Run) -> None:
+    page = check((run.root / "report.html").read_text(encoding="utf-8"))
+    assert render(run.record) == (run.root / "report.html").read_text(encoding="utf-8")
+    assert f"{run.record['perplexity']['recovered']:.5g}" in page.text
+    assert "Written to" in run.output
+    assert run.output.rstrip().endswith("record.json, report.html, ranks.png, spectra.png, loss.png")
+    for name in ("ranks", "spectra", "loss"):
+        assert (run.root / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert {"system", "processor", "device"} <= run.record["hardware"].keys()
+
+
+def test_curves_are_what_was_logged(run: Run) -> None:
+    rows = list(csv.DictReader((run.root / "log" / "metrics.csv").open()))
+    logged = [float(row["train_loss"]) for row in rows if row.get("train_loss")]
+    curves = run.record["curves"]
+    assert curves["train_loss"]["steps"] == [1, 2]
+    assert curves["train_loss"]["values"] == pytest.approx(logged, rel=1e-6)
+    assert curves["learning_rate"]["values"][0] == pytest.approx(0.02), "no warm-up: the first step has the peak"
+    assert 0.002 <= curves["learning_rate"]["values"][1] < 0.02
+    assert "validation_loss" not in curves
+
+
+def test_ranks_and_spectra_belong_to_the_plan(run: Run) -> None:
+    assert run.compression.result is not None
+    plan, record = run.compression.result.plan, run.record
+    assert len(record["ranks"]) == len(record["spectra"]) == len(plan.matrices) == 14
+    for matrix, rank, spectrum in zip(plan.matrices, record["ranks"], record["spectra"], strict=True):
+        assert matrix.name == f"model.layers.{rank['block']}.{rank['kind']}"
+        assert (rank["rank"] or matrix.rank) == matrix.rank
+        assert spectrum["kind"] == rank["kind"]
+        # The kept share, from the few values that are kept where they are all of them.
+        if spectrum["components"] == list(range(1, spectrum["full_rank"] + 1)):
+            energy = [value**2 for value in spectrum["values"]]
+            assert sum(energy[: matrix.rank]) / sum(energy) == pytest.approx(matrix.kept_energy, abs=2e-3)
+    assert any(len(spectrum["components"]) == spectrum["full_rank"] for spectrum in record["spectra"])
+
+
+def test_the_commands_on_the_page_give_the_recovered_perplexity(run: Run) -> None:
+    usage = run.record["usage"]
+    assert usage["folder"] == str(run.root / "model")
+    text = render(run.record)
+    code = unescape(text.partition("<pre><code>")[2].partition("</code>")[0])
+    output = io.StringIO()
+    with redirect_stdout(output):
+        exec(code, {})
+    assert float(output.getvalue()) == pytest.approx(run.record["perplexity"]["recovered"], rel=1e-6)
+
+
+class Pictures(CSVLogger):
+    """A logger that takes pictures by their paths, as that of Weights & Biases does."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, name="pictures", version="")
+        self.seen: dict[str, bytes] = {}
+
+    def log_image(self, key: str, images: list[str], step: int | None = None) -> None:
+        self.seen[key] = b"".join(Path(image).read_bytes()[:4] for image in images)
+
+
+def test_every_logger_is_given_what_it_takes(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board, table = TensorBoardLogger(tmp_path, name="board", version=""), CSVLogger(tmp_path, name="table", version="")
+    pictures = Pictures(tmp_path)
+    callbacks = [compression(), FactorTuning(), RankReport(str(tmp_path / "report"))]
+    trainer = make_trainer(
+        tmp_path, callbacks, logger=[board, table, pictures], limit_val_batches=1, val_check_interval=1
+    )
+    trainer.fit(LowRankModule(str(folder), learning_rate=0.02), text("train", "validation", "test"))
+    record = read_record(tmp_path / "report" / "record.json")
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    assert {"lowrank/ranks", "lowrank/spectra", "lowrank/loss"} == set(tags["images"])
+    assert events.Images("lowrank/ranks")[0].encoded_image_string.startswith(b"\x89PNG")
+    assert events.Scalars("lowrank/perplexity/recovered")[0].value == pytest.approx(record["perplexity"]["recovered"])
+    for name in ("board", "table"):
+        settings = (tmp_path / name / "hparams.yaml").read_text()
+        assert "lowrank/keep_ratio: 0.6" in settings
+        assert "lowrank/metric: two_sided" in settings
+    assert pictures.seen == dict.fromkeys(("lowrank/ranks", "lowrank/spectra", "lowrank/loss"), b"\x89PNG")
+    validation = record["curves"]["validation_loss"]
+    assert validation["steps"] == [0, 1, 2], "the sanity check is of the whole text here"
+    rows = list(csv.DictReader((tmp_path / "table" / "metrics.csv").open()))
+    logged = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
+    assert validation["values"][1:] == pytest.approx(logged, rel=1e-6)
+    assert "Validation loss: val_loss." in check((tmp_path / "report" / "report.html").read_text()).text
+
+
+def test_curves_go_on_where_a_run_was_interrupted(
+    folder: Path, text: Callable[..., TextDataModule], tmp_path: Path
+) -> None:
+    def fit(root: Path, steps: int, checkpoint: str | None = None) -> dict[str, Any]:
+        pl.seed_everything(5, verbose=False)
+        saved = ModelCheckpoint(root / "saved", save_last=True, every_n_train_steps=1)
+        callbacks = [compression(), FactorTuning(), RankReport(), saved]
+        trainer = make_trainer(root, callbacks, steps, enable_checkpointing=True, accumulate_grad_batches=2)
+        # Warm-up throughout: the decay after it would know of the number of steps, which is another one here.
+        module = LowRankModule(str(folder), learning_rate=0.01, warmup_steps=100)
+        trainer.fit(module, text(), ckpt_path=checkpoint, weights_only=True)
+        return dict(read_record(root / "record.json")["curves"])
+
+    whole = fit(tmp_path / "whole", 4)
+    first = fit(tmp_path / "cut", 2)
+    assert first["train_loss"]["steps"] == [0, 1, 1, 2]
+    second = fit(tmp_path / "cut", 4, str(tmp_path / "cut" / "saved" / "last.ckpt"))
+    assert second["train_loss"]["steps"] == whole["train_loss"]["steps"] == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert second["train_loss"]["values"][:4] == first["train_loss"]["values"]
+    assert second["learning_rate"]["values"] == pytest.approx(whole["learning_rate"]["values"], rel=1e-9)
+
+
+def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 256 * 1024) as disk:
+        if not disk.mounted:
+            pytest.skip("no small disk can be mounted here")
+        made = LowRankCompression(
+            0.6, metric="identity", allocator="uniform", min_rank=2, batches=[{"x": torch.randn(4, 16)}]
+        )
+        report = RankReport(str(disk.folder / "report"))
+        disk.fill(leave=0)
+        with pytest.warns(UserWarning, match=r"record\.json' cannot be written .*the run goes on"):
+            make_trainer(tmp_path, [made, report]).fit(Plain())
+        assert report.record["complete"]
+        assert not [file for file in (disk.folder / "report").rglob("*") if file.stat().st_size]
+
+
 def test_without_a_step_there_is_no_recovery(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:
     callbacks = [compression(), RankPreservingLoRA(2), ExportOnFitEnd(), RankReport()]
     make_trainer(tmp_path, callbacks, steps=0).fit(LowRankModule(str(folder)), text())
@@ -217,6 +347,9 @@ def test_a_run_that_dies_keeps_its_record(folder: Path, text: Callable[..., Text
     assert record["perplexity"]["recovered"] is record["seconds"]["recover"] is None
     assert not (tmp_path / "model").exists()
     assert not (tmp_path / "ranks.png").exists()
+    page = check((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "The run has not come to its end" in page.text
+    assert f"{record['perplexity']['compressed']:.5g}" in page.text
 
 
 def test_any_order_and_a_second_fit(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:

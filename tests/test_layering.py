@@ -25,7 +25,7 @@ PACKAGE = Path(lowrank_lit.__file__).parent
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "linalg", "pivot", "extras", "gauge", "nf4", "loader", "optimizers", "memory", "paging"),
     ("distributed",),
-    ("_checkpoints", "_tables"),
+    ("_checkpoints", "_tables", "curves"),
     ("statistics", "experts", "pooling"),
     (
         "streaming",
@@ -43,13 +43,14 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("reallocation",),
     ("layers", "surgery", "unmerging"),
     ("adapter_config", "adapter_starts", "masks", "merging", "product_lora", "quantize", "recovery", "refinement"),
-    ("evidence", "refit", "selection", "probes"),
+    ("evidence", "overview", "refit", "selection", "probes"),
     ("collection", "study"),
     (
         *("compress", "sweep", "cache", "distillation", "evaluation"),
         *("folders", "weights", "modeling_lowrank", "formats", "hub", "report"),
     ),
     ("windows", "timing", "harness"),
+    ("_markup", "svg", "pictures", "html"),
     ("_footprints", "estimate"),
     ("corpus", "sources", "choices", "instructions", "data", "module", "strategies"),
     ("callbacks", "recipes"),

@@ -13,6 +13,7 @@ from lowrank_lit.cli import main
 from lowrank_lit.data import TextDataModule, load_tokenizer
 from lowrank_lit.layers import FactoredLinear
 from lowrank_lit.surgery import count_parameters
+from tests.test_html import check
 
 MODEL = Path(__file__).parent.parent / "recipes" / "quickstart" / "model"
 SMALL = ["--trainer.max_steps=3", "--data.evaluation_blocks=4", "--data.calibration_blocks=16"]
@@ -50,6 +51,10 @@ def test_the_record_has_every_figure(run_folder: Path) -> None:
     assert {"torch", "transformers", "lightning", "peft", "lowrank-lit"} <= record["versions"].keys()
     assert (run_folder / "ranks.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((run_folder / "plan.json").read_text())["fingerprint"] == record["fingerprint"]
+    page = check((run_folder / "report.html").read_text(encoding="utf-8"))
+    assert f"{record['perplexity']['recovered']:.5g}" in page.text
+    assert "max_steps: 3" in page.text, "the resolved recipe"
+    assert "recover host" in page.text, "the memory by stage"
 
 
 def test_the_export_is_the_model_that_was_measured(run_folder: Path) -> None:
