@@ -26,6 +26,8 @@ _LAZY = {
     "add_adapters": "lowrank_lit.recovery",
     "export": "lowrank_lit.hub",
     "load": "lowrank_lit.hub",
+    "load_module": "lowrank_lit.plain",
+    "save_module": "lowrank_lit.plain",
     "quantize_factors": "lowrank_lit.quantize",
     "refine_blocks": "lowrank_lit.refinement",
     "unmerge": "lowrank_lit.unmerging",
@@ -50,11 +52,13 @@ __all__ = [
     "dequantize_model",
     "export",
     "load",
+    "load_module",
     "perplexity",
     "plan_ranks",
     "quantize_factors",
     "refine_blocks",
     "requantize_factors",
+    "save_module",
     "unmerge",
 ]
 

@@ -45,7 +45,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("adapter_config", "adapter_starts", "masks", "merging", "product_lora", "quantize", "recovery", "refinement"),
     ("evidence", "refit", "selection", "probes"),
     ("collection", "study"),
-    ("compress", "sweep", "cache", "distillation", "evaluation", "folders", "weights", "hub", "report"),
+    ("compress", "sweep", "cache", "distillation", "evaluation", "folders", "weights", "hub", "plain", "report"),
     ("_footprints", "estimate"),
     ("corpus", "sources", "instructions", "data", "module", "strategies"),
     ("callbacks", "recipes"),
