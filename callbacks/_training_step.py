@@ -1,4 +1,4 @@
-"""A project's own ``training_step`` outside of training: as a loss to differentiate, and to see what the forward gets."""
+"""A project's own ``training_step`` outside of training: a loss to differentiate, and what the forward is given."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ class _Silenced:
             raise GradientError(f"training_step gathers over processes, which read other batches; {_REMEDY}")
 
         names = ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-        self._stubs: dict[str, Any] = {name: nothing for name in (*names, "lr_schedulers", "print")}
+        self._stubs: dict[str, Any] = dict.fromkeys((*names, "lr_schedulers", "print"), nothing)
         self._stubs["optimizers"] = lambda *args, **kwargs: optimizer
         if processes > 1:
             self._stubs["all_gather"] = refused

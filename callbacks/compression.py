@@ -85,10 +85,10 @@ class LowRankCompression(pl.Callback):
         importance_of: ``unirank``: importance of a matrix's ``branch`` or ``block``.
         cost_aware: ``unirank``: score per parameter.
         nested: Whether the saved model can be loaded at smaller keep ratios.
-        batches: Calibration batches as :func:`lowrank_lit.compress` takes them, or as ``training_step`` does; by default
-            the datamodule's ``calibration_batches()``, else rows of what the fit trains on, evenly over it: as many as
-            give the widest matrix four tokens for each input, 128 at least, 1 GiB at most. The loader draws nothing
-            for it.
+        batches: Calibration batches as :func:`lowrank_lit.compress` takes them, or as ``training_step`` does; by
+            default the datamodule's ``calibration_batches()``, else rows of what the fit trains on, evenly over it: as
+            many as give the widest matrix four tokens for each input, 128 at least, 1 GiB at most. The loader draws
+            nothing for it.
         workspace: Folder on a disk for what waits between the stages, so that memory holds one block at a time of a
             model whose weights are mapped from their files, see :func:`lowrank_lit.compress`; None keeps all in
             memory. The result is the same. A relative path is relative to the current folder.

@@ -95,8 +95,8 @@ def _arguments(number: int, batch: Any, model: nn.Module | None) -> dict[str, Te
     inputs = [value for key, value in tensors.items() if key not in _TARGETS and value.ndim > 1]
     if not inputs:
         raise DataError(
-            f"calibration batch {number} has {', '.join(tensors)}, of which the forward of {type(model).__name__} takes "
-            "none; give dictionaries of its arguments"
+            f"calibration batch {number} has {', '.join(tensors)}, of which the forward of {type(model).__name__} "
+            "takes none; give dictionaries of its arguments"
         )
     return {POSITIONAL: inputs[0]}
 

@@ -8,6 +8,7 @@ model whose blocks are no chain, or with targets outside of them, runs whole ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn

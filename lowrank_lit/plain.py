@@ -121,8 +121,8 @@ def load_module(module: nn.Module, path: _PathLike) -> RankPlan | None:
     different += [name for name in own if name in weights and own[name].shape != weights[name].shape]
     if different:
         raise ExportError(
-            f"'{different[0]}' is not the same in the module and in '{path}' ({len(different)} differ); make the module "
-            "with the settings that it was exported with"
+            f"'{different[0]}' is not the same in the module and in '{path}' ({len(different)} differ); make "
+            "the module with the settings that it was exported with"
         )
     module.load_state_dict(weights)
     return plan

@@ -430,7 +430,7 @@ def test_batches_become_what_the_forward_takes() -> None:
     (batch,) = as_batches([{"y": y, "mask": mask, "ids": x, "name": "four"}], Two())
     assert set(batch) == {"ids", "mask"}
     (batch,) = as_batches([{"target": torch.randn(4, 2), "index": y, "image": x}], nn.Linear(5, 2))
-    assert list(batch.values())[0] is x
+    assert next(iter(batch.values())) is x
     assert as_batches([batch], Two()) == [batch]  # taken as it is
     with pytest.raises(DataError, match="has index, of which the forward of Linear takes none"):
         as_batches([{"index": y}], nn.Linear(5, 2))
