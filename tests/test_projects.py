@@ -458,13 +458,13 @@ print(type(cli.model.body[0]).__name__)
 
 @pytest.mark.slow
 def test_the_callback_by_class_path_in_a_cli_file(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(
+    (tmp_path / "run.yaml").write_text(
         "trainer:\n  accelerator: cpu\n  max_steps: 1\n  logger: false\n  enable_checkpointing: false\n"
         f"  default_root_dir: {tmp_path}\n"
         "  callbacks:\n    - class_path: lowrank_lit.callbacks.LowRankCompression\n"
         "      init_args: {keep_ratio: 0.6, preset: fast, min_rank: 1}\n"
     )
-    command = [sys.executable, "-c", CLI, "fit", "--config", str(tmp_path / "config.yaml")]
+    command = [sys.executable, "-c", CLI, "fit", "--config", str(tmp_path / "run.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[-1] == "FactoredLinear"
