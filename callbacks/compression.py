@@ -17,11 +17,12 @@ from torch.utils.hooks import RemovableHandle
 
 from lowrank_lit import distributed
 from lowrank_lit.cache import kept_record, load_compression, save_compression
-from lowrank_lit.callbacks._shared import calibration_text, callbacks_of
+from lowrank_lit.callbacks._shared import calibration_of, callbacks_of
 from lowrank_lit.collection import require_finite_weights
 from lowrank_lit.compress import CompressionResult, compress, fingerprint, working_in
 from lowrank_lit.errors import ExportError, ModelError, PlanError
 from lowrank_lit.evaluation import perplexity
+from lowrank_lit.gradients import Loss
 from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT
 from lowrank_lit.module import model_of
@@ -47,7 +48,13 @@ class ChecksFolder(Protocol):
 
 
 class LowRankCompression(pl.Callback):
-    """Calibrate, allocate ranks and factor the model, before the optimizers are made.
+    """Calibrate, allocate ranks and factor the model, before the optimizers are made: the transformers model in the
+    module's ``model``, else the module itself.
+
+    Any LightningModule will do. Where it predicts no next tokens, gradients are those of its own ``training_step``,
+    run as in training but for logging, optimizers and whatever else would leave a trace; a step that does not run so
+    (one that optimises by hand) leaves the metric ``input``, and a note says why. Layers have to be there before
+    ``setup``: made in ``__init__`` or ``configure_model``.
 
     This happens in ``setup("fit")``: a layer replaced any later would be missing from the optimizer and silently never
     train. The compression is kept in the trainer's root folder (``compressed/``), and a later run with the same
@@ -78,8 +85,10 @@ class LowRankCompression(pl.Callback):
         importance_of: ``unirank``: importance of a matrix's ``branch`` or ``block``.
         cost_aware: ``unirank``: score per parameter.
         nested: Whether the saved model can be loaded at smaller keep ratios.
-        batches: Calibration batches as :func:`lowrank_lit.compress` takes them; by default the datamodule's
-            ``calibration_batches()``.
+        batches: Calibration batches as :func:`lowrank_lit.compress` takes them, or as ``training_step`` does; by
+            default the datamodule's ``calibration_batches()``, else rows of what the fit trains on, evenly over it: as
+            many as give the widest matrix four tokens for each input, 128 at least, 1 GiB at most. The loader draws
+            nothing for it.
         workspace: Folder on a disk for what waits between the stages, so that memory holds one block at a time of a
             model whose weights are mapped from their files, see :func:`lowrank_lit.compress`; None keeps all in
             memory. The result is the same. A relative path is relative to the current folder.
@@ -181,9 +190,9 @@ class LowRankCompression(pl.Callback):
     def _compress_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, model: nn.Module) -> None:
         with distributed.together("the workspace"), working_in(self.workspace, model):
             pass  # one that cannot be written to is refused before anything is computed
-        batches = self._batches(trainer)
+        batches, loss = self._calibration(trainer)
         require_finite_weights(model)  # before the perplexity, which could only say that its logits are not finite
-        identity = fingerprint(model, batches, self._settings)
+        identity = fingerprint(model, batches, self._settings, loss)
         if len(set(distributed.gather("the fingerprint", identity))) > 1:
             raise ModelError(
                 "the processes of the job have different weights, calibration text or settings; give all the same "
@@ -196,7 +205,7 @@ class LowRankCompression(pl.Callback):
         # Weights that are bfloat16 on disk may be float32 while they are trained: the type of the files counts.
         stored = getattr(pl_module, "storage_dtype", None)
         dense = stored_bytes(model, stored)
-        self.result, self._model = self._compress(trainer, model, batches, identity), model
+        self.result, self._model = self._compress(trainer, model, batches, identity, loss), model
         self.result.record["bytes"] = {"dense": dense, "compressed": stored_bytes(model, stored)}
 
     def state_dict(self) -> dict[str, Any]:
@@ -212,11 +221,11 @@ class LowRankCompression(pl.Callback):
         if self.result is not None and state_dict.get("plan", {}).get("fingerprint") != self.result.plan.fingerprint:
             raise PlanError(_OTHER_PLAN)
 
-    def _batches(self, trainer: pl.Trainer) -> Sequence[Any]:
-        return calibration_text(trainer, "LowRankCompression", self.batches)
+    def _calibration(self, trainer: pl.Trainer) -> tuple[Sequence[Any], Loss | None]:
+        return calibration_of(trainer, "LowRankCompression", self.batches, targets=self._settings.targets)
 
     def _compress(
-        self, trainer: pl.Trainer, model: nn.Module, batches: Sequence[Any], identity: str
+        self, trainer: pl.Trainer, model: nn.Module, batches: Sequence[Any], identity: str, loss: Loss | None
     ) -> CompressionResult:
         root = Path(trainer.default_root_dir)
         text = evaluation_hash(trainer)
@@ -233,6 +242,7 @@ class LowRankCompression(pl.Callback):
                     device=trainer.strategy.root_device,
                     resume=root / "compressed",
                     workspace=self.workspace,
+                    loss=loss,
                     **self.settings(),
                 )
         else:

@@ -18,12 +18,14 @@ from lowrank_lit.errors import ExportError, ModelError
 from lowrank_lit.hub import LowRankConfig, export, refuse_foreign
 from lowrank_lit.memory import stage as memory_stage
 from lowrank_lit.module import model_of
+from lowrank_lit.plain import save_module
 from lowrank_lit.plan import RankPlan
 from lowrank_lit.strategies import LowRankDeepSpeed
 
 
 class ExportOnFitEnd(pl.Callback):
-    """Write the model as a Hugging Face folder, which ``from_pretrained`` loads after ``import lowrank_lit``.
+    """Write the model as a Hugging Face folder, which ``from_pretrained`` loads after ``import lowrank_lit``; a module
+    without a transformers model in ``model`` as one that :func:`lowrank_lit.load_module` loads.
 
     The weights in memory are rounded to the type that they are stored in, so that what is measured after the fit is
     what the folder holds; gradients of the last step are dropped. An earlier export of the same run (same dense
@@ -40,8 +42,8 @@ class ExportOnFitEnd(pl.Callback):
     Raises:
         ExportError: Before the run computes anything, if the folder holds something else; at the end, if a weight is
             too large for the stored type or the folder cannot be written.
-        ModelError: Before the run, if the module has no transformers model, the strategy splits the weights over
-            processes, or ``dtype`` is unknown; at the end, if adapters were left in the model.
+        ModelError: Before the run, if the strategy splits the weights over processes, or ``dtype`` is unknown; at the
+            end, if adapters were left in the model.
         NonFiniteError: At the end, if a weight is NaN or infinite.
     """
 
@@ -58,15 +60,8 @@ class ExportOnFitEnd(pl.Callback):
         return Path(trainer.default_root_dir) / "model" if self.dirpath is None else Path(self.dirpath)
 
     def check(self, trainer: pl.Trainer, fingerprint: str) -> None:
-        """Refuse what could not be exported: another run's folder, no transformers model, weights in pieces."""
+        """Refuse what could not be exported: another run's folder, weights in pieces."""
         refuse_sharded(trainer, "ExportOnFitEnd", at_end=True)
-        module = trainer.lightning_module
-        if not hasattr(model_of(module), "save_pretrained"):
-            missing = "" if hasattr(module, "model") else " (there is no such attribute: name your model so)"
-            raise ModelError(
-                f"{type(module).__name__}.model is no transformers model{missing}, so there is no format to export "
-                "it in; leave ExportOnFitEnd out and save the module's state_dict"
-            )
         refuse_foreign(self.folder(trainer), fingerprint)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -98,7 +93,10 @@ class ExportOnFitEnd(pl.Callback):
         fingerprint = own_fingerprint(pl_module) if result is None else None
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         with memory_stage("export"):
-            export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
+            if hasattr(model, "save_pretrained"):
+                export(model, plan, self.folder(trainer), dtype=stored, tokenizer=tokenizer, fingerprint=fingerprint)
+            else:
+                save_module(model, plan, self.folder(trainer), dtype=stored, fingerprint=fingerprint)
 
     def _stored_dtype(self, pl_module: pl.LightningModule) -> torch.dtype | None:
         chosen = getattr(pl_module, "storage_dtype", None) if self.dtype == "auto" else getattr(torch, self.dtype)
@@ -161,7 +159,7 @@ def plan_of(pl_module: pl.LightningModule, model: Any) -> RankPlan | None:
     loaded = getattr(pl_module, "plan", None)
     if isinstance(loaded, RankPlan):
         return loaded
-    stored = getattr(model.config, "quantization_config", None)
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
     return stored.rank_plan() if isinstance(stored, LowRankConfig) else None
 
 

@@ -12,9 +12,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from lowrank_lit.allocation import budget_of, check_keep_ratio
-from lowrank_lit.batches import as_batches
 from lowrank_lit.cache import load_compression, save_compression
-from lowrank_lit.callbacks._shared import calibration_text, callbacks_of, find_callback, forget
+from lowrank_lit.callbacks._shared import calibration_of, callbacks_of, find_callback, forget
 from lowrank_lit.callbacks.compression import LowRankCompression
 from lowrank_lit.callbacks.export import ExportOnFitEnd, refuse_sharded
 from lowrank_lit.callbacks.recovery import FactorTuning, RankPreservingLoRA
@@ -76,7 +75,7 @@ class RankReallocation(pl.Callback):
         quantum: Ranks are multiples of this, or the matrix is dense.
         targets: Shell patterns of layer names; by default what LowRankCompression has chosen, or would choose.
         batches: Calibration batches for the first factors; by default those of LowRankCompression, else the
-            datamodule's ``calibration_batches()``.
+            datamodule's ``calibration_batches()``, else rows of what the fit trains on.
 
     Attributes:
         masked: The masked layers, from ``setup`` on.
@@ -330,16 +329,16 @@ def _mask_names(trainer: pl.Trainer, model: nn.Module, own: RankReallocation, na
     require_finite_weights(model)
     compression = find_callback(trainer, LowRankCompression)
     given = (own.batches, None if compression is None else compression.batches)
-    batches = as_batches(calibration_text(trainer, "RankReallocation", *given))
+    batches, loss = calibration_of(trainer, "RankReallocation", *given, targets=own.targets)
     before = {name: model.get_submodule(name) for name in names}
-    identity = own._identity = fingerprint(model, batches, Settings(1.0, preset="fast", targets=names))
+    identity = own._identity = fingerprint(model, batches, Settings(1.0, preset="fast", targets=names), loss)
     _refuse_checkpoint(trainer.ckpt_path, identity)
     folder = Path(trainer.default_root_dir) / "reallocation"
     if load_compression(folder, model, identity) is not None:
         trainer.print(f"Factors of the whole matrices taken from {folder} (same weights, calibration text and targets)")
     else:
         with memory_stage("reallocate"):
-            factor_fully(model, batches, names, device=trainer.strategy.root_device)
+            factor_fully(model, batches, names, device=trainer.strategy.root_device, loss=loss)
         if trainer.is_global_zero:
             layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
             plan = whole_plan(model, {name: layer.rank for name, layer in layers.items()}, fingerprint=identity)

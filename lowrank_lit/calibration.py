@@ -8,12 +8,14 @@ model whose blocks are no chain, or with targets outside of them, runs whole ins
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lowrank_lit import distributed
+from lowrank_lit.batches import given_batch
 from lowrank_lit.collector import Calibration, Collector
 from lowrank_lit.experts import sides_of
 from lowrank_lit.gradients import (
@@ -42,6 +44,7 @@ from lowrank_lit.streaming import (
     layers_inside,
     moved,
     moved_around,
+    refuses,
     run_model,
     to_device,
 )
@@ -92,8 +95,10 @@ def calibrate(
         moments: What to collect; may be empty.
         importance: Whether to measure the importance of the layers' sub-blocks.
         device: Where to compute; ``None`` is where the model is.
-        loss: Where gradients are needed: the loss summed over target tokens, in nats. ``None`` is
-            :func:`~lowrank_lit.gradients.next_token_loss`.
+        loss: Where gradients are needed: the loss summed over targets, in nats. ``None`` is
+            :func:`~lowrank_lit.gradients.next_token_loss`. One of the caller's own is called with the batch as it was
+            given to :func:`as_batches`, targets included, its tensors on the device; the whole model then runs at once,
+            and where the model has no forward that runs on the batches, it stands in for that.
         workspace: Where statistics, and block inputs beyond its budget, wait; ``None`` keeps all in memory. The weights
             of a block that are mapped from a file are dropped from memory after it.
 
@@ -115,13 +120,17 @@ def calibrate(
     own = [batches[number] for number in mine]
     with distributed.together("calibration"), evaluating(model), torch.no_grad():
         backward = bool(moments & BACKWARD_MOMENTS)
-        checked = _checked_loss(loss, model, batches, device) if backward else None
+        own_loss = loss is None or loss is next_token_loss or isinstance(loss, SampledTokenLoss)
+        needs_loss = backward or (not own_loss and bool(refuses(model, batches[0])))
+        checked = _checked_loss(loss, model, batches, device) if needs_loss else None
         streamed = each_in_one_block(layers, blocks) and (workspace is not None or not backward)
+        streamed = streamed and (own_loss or not needs_loss)
         checked = None if checked is None else _in_turn(checked, mine)
         calls = capture_calls(model, blocks, own or batches[:1]) if streamed else None
         chained = all(distributed.gather("the model's blocks", calls is not None))
         if calls is None or not chained:
-            _run_whole(model, own, collector, blocks, device, checked)
+            fed = own if own_loss or checked is None else [given_batch(batch) for batch in own]
+            _run_whole(model, own, collector, blocks, device, checked, fed)
             return collector.finish("whole")
         calls = calls[: len(own)]
         if collector.watcher is not None:
@@ -170,20 +179,28 @@ def _run_whole(
     blocks: Sequence[Block],
     device: torch.device | str | None,
     loss: Loss | None = None,
+    fed: Sequence[Any] = (),
 ) -> None:
-    """One forward per batch, and one backward where there is a loss."""
+    """One forward per batch, which is the loss's where there is one, and one backward where gradients are collected.
+
+    ``fed`` is what the loss reads in place of each batch."""
     if collector.watcher is not None and blocks:
         collector.cosines = BlockCosine(dict(blocks))
     with moved(model, device) as place, collector.on(collector.layers):
-        for batch in tqdm(batches, desc="calibrating", unit="batch", disable=None, leave=False):
+        progress = tqdm(batches, desc="calibrating", unit="batch", disable=None, leave=False)
+        for batch, own in zip(progress, fed or batches, strict=True):
             inputs = to_device(dict(batch), place)
-            if loss is None or collector.gradients is None:
+            if loss is None:
                 with collector.batch(inputs, place):
                     run_model(model, inputs)
+            elif collector.gradients is None:
+                with collector.batch(inputs, place):
+                    loss(model, to_device(own, place))
             else:
+                read = inputs if own is batch else to_device(own, place)
                 with frozen(model):
                     with collector.batch(inputs, place):
-                        value = loss(model, inputs)
+                        value = loss(model, read)
                     collector.gradients.check_loss(value)
                     value.backward()  # type: ignore[no-untyped-call]
 

@@ -24,7 +24,7 @@ from lowrank_lit.calibration import calibrate
 from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import DataError, GradientError, ModelError, reason_of, warn_caller
 from lowrank_lit.evidence import component_changes, places_of, specs_of
-from lowrank_lit.gradients import SampledTokenLoss, next_token_loss
+from lowrank_lit.gradients import Loss, SampledTokenLoss, name_of, next_token_loss
 from lowrank_lit.kept import CALIBRATION_FILE, load_calibration, save_calibration
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.linalg import require_finite
@@ -36,7 +36,7 @@ from lowrank_lit.residual import find_repeating_blocks
 from lowrank_lit.settings import Settings
 from lowrank_lit.spectrum import Spectrum, compute_spectrum
 from lowrank_lit.statistics import BACKWARD_MOMENTS, LayerStatistics, stored_statistics, tensors_of
-from lowrank_lit.streaming import POSITIONAL, Batch, each_in_one_block, moved
+from lowrank_lit.streaming import POSITIONAL, Batch, each_in_one_block, moved, refuses
 from lowrank_lit.surgery import Target, dense_weight, find_targets
 
 
@@ -83,8 +83,11 @@ class Collection:
         targets: Shell patterns of layer names, or ``None``.
         device: Where to compute; ``None`` is where the model is.
         workspace: Where what waits for the plan is kept; ``None`` is in memory.
+        loss: Whose gradients are taken, see :func:`lowrank_lit.compress`; ``None`` is that of next tokens.
 
     Attributes:
+        refused: Why the model's forward does not run on the batches, so that only the loss does; empty where it runs,
+            or where there is no loss of the caller's to stand in for it.
         targets: The matrices by layer name.
         layers: Their layers.
         places: See :func:`lowrank_lit.evidence.places_of`.
@@ -106,17 +109,20 @@ class Collection:
         targets: Sequence[str] | None,
         device: torch.device | str | None,
         workspace: Workspace | None = None,
+        loss: Loss | None = None,
     ) -> None:
         self.model = model
         self.workspace = workspace
-        _check_model(model)
-        self.batches = split_single(as_batches(batches))
+        self.loss = loss
+        _check_model(model, loss)
+        self.batches = split_single(as_batches(batches, model), whole=loss is not None)
         _check_ids(model, self.batches)
         self.targets: dict[str, Target] = find_targets(model, targets)
         self.device = device if device is None else usable_device(device)
         self.layers = {name: target.module for name, target in self.targets.items()}
         self.places = places_of(model, list(self.targets))
         require_finite_weights(model)
+        self.refused = "" if loss is None else refuses(model, self.batches[0])
         self.mode = "none"
         self.resume: tuple[Path, str] | None = None
         self.costs = Costs()
@@ -177,12 +183,20 @@ class Collection:
             GradientError: If the allocator cannot do without gradients.
         """
         notes: tuple[str, ...] = ()
-        if "first_order" in settings.needs:  # whatever labels were asked for
+        if self.loss is not None:
+            notes = (f"gradients are those of {name_of(self.loss)}",) if settings.moments & BACKWARD_MOMENTS else ()
+        elif "first_order" in settings.needs:  # whatever labels were asked for
             notes = (f"labels='text' is used, for allocator='{settings.allocator}' needs gradients of the text itself",)
         try:
             evidence = self.dense(settings)
         except GradientError as error:
             reason = str(error).rpartition(";")[0]  # without the remedy
+            notes = notes if self.loss is None else ()
+            if self.refused:
+                raise ModelError(
+                    f"{type(self.model).__name__} does not run on the calibration batches ({self.refused}), and "
+                    f"{reason}; give batches of what its forward takes"
+                ) from error
             if "first_order" in settings.needs:
                 raise GradientError(
                     f"allocator='{settings.allocator}' needs gradients, but {reason}; choose another allocator, such "
@@ -198,7 +212,10 @@ class Collection:
         notes += evidence.calibration.notes
         if evidence.calibration.statistics:
             widest = max(self.targets.values(), key=lambda target: target.columns)
-            notes += check_tokens(evidence.calibration.tokens, widest.columns, widest.name, settings.min_rank)
+            # Of images, or of what a head pools, no count of the batch's own numbers says what reaches a layer.
+            seen = max(entry.tokens for entry in evidence.calibration.statistics.values())
+            tokens = min(seen, evidence.calibration.tokens)
+            notes += check_tokens(tokens, widest.columns, widest.name, settings.min_rank)
         return settings, evidence, notes
 
     def recollected(self, settings: Settings, weights: Mapping[str, Tensor], path: float) -> Evidence:
@@ -256,16 +273,18 @@ class Collection:
         weights = self.weights(specs, evidence.spectra, ranks)
         # Blocks are fitted one after the other: where processes cooperate, each does it all, from the same numbers.
         with distributed.together("refitting"):
-            found = anchored_refit(
-                self.model,
-                self.batches,
-                self.layers,
-                weights,
-                statistics,
-                fit,
-                device=self.device,
-                workspace=self.workspace,
-            )
+            found = None
+            if not self.refused:
+                found = anchored_refit(
+                    self.model,
+                    self.batches,
+                    self.layers,
+                    weights,
+                    statistics,
+                    fit,
+                    device=self.device,
+                    workspace=self.workspace,
+                )
         if found is None:
             note = f"feedback='anchored' was left out: {self._no_refit()}"
             warn_caller(note)
@@ -283,6 +302,8 @@ class Collection:
 
     def _no_refit(self) -> str:
         """Why blocks cannot be fitted one after the other, and the remedy."""
+        if self.refused:
+            return f"the model's forward does not run on the batches ({self.refused}); choose feedback='recollect'"
         if len(self.batches) < 2:
             return "a part of the text has to be held out, and there is a single sequence; give two batches or more"
         blocks = find_repeating_blocks(self.model)
@@ -346,7 +367,7 @@ class Collection:
             moments=moments,
             importance=importance,
             device=self.device,
-            loss=SampledTokenLoss() if labels == "model" else next_token_loss,
+            loss=self.loss or (SampledTokenLoss() if labels == "model" else next_token_loss),
             workspace=self.workspace,
         )
         if originals is None:
@@ -422,11 +443,11 @@ def _effort(spec: MatrixSpec) -> float:
     return float(short) ** 2 * (10 * short + long)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, loss: Loss | None) -> None:
     """Refuse what is no dense model."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model is a {type(model).__name__}; give a torch.nn.Module, such as a loaded language model")
-    if type(model).forward is nn.Module.forward:
+    if loss is None and type(model).forward is nn.Module.forward:
         raise ModelError(
             f"{type(model).__name__} has no forward to run the calibration text through; give it one, or, in a "
             "LightningModule round a transformers model, name that self.model"

@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lowrank_lit import distributed
 from lowrank_lit._version import __version__
-from lowrank_lit.batches import as_batches, count_sequences, count_tokens, split_single
+from lowrank_lit.batches import as_batches, count_sequences, count_tokens, given_batch, split_single
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.experts import ExpertsApart
+from lowrank_lit.gradients import Loss, name_of
 from lowrank_lit.overview import spectrum_cells
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import RankPlan
@@ -66,6 +68,7 @@ def compress(
     device: torch.device | str | None = None,
     workspace: str | Path | None = None,
     resume: str | Path | None = None,
+    loss: Loss | None = None,
     **settings: Any,
 ) -> CompressionResult:
     """Factor the linear layers of ``model`` in place, within a budget of parameters.
@@ -82,6 +85,8 @@ def compress(
         batches: Calibration batches: dictionaries of keyword arguments (``input_ids``, ``attention_mask``), or tensors
             for the first positional argument: token ids ``(batch, length)`` or features ``(batch, ..., columns)``.
             A single batch is split by its sequences, because ``feedback="anchored"`` holds a part of the text out.
+            Entries of a dictionary that the model's forward does not take are for the ``loss``; of a tuple come as many
+            arguments as the forward has without a default, see :func:`lowrank_lit.batches.as_batches`.
         keep_ratio: Share of the target matrices' parameters to keep, in (0, 1].
         device: Where to calibrate and factor; ``None`` is where the model is. Statistics of activations alone take one
             block at a time there, those of gradients the whole model (with a workspace, one block at a time too).
@@ -93,6 +98,11 @@ def compress(
         resume: Folder in which the statistics of the dense model are kept for a run that is interrupted after them: the
             next one with the same model, text and settings goes on from there. :func:`lowrank_lit.cache.
             save_compression` removes them. ``None`` keeps none.
+        loss: Whose gradients the metrics ``two_sided``, ``fisher_*`` and the allocator ``zero_sum`` take, for a model
+            that predicts no next tokens: called with the model and a batch as in ``batches``, targets included, its
+            tensors on the model's device; returns the loss SUMMED over its targets (rows, tokens), with a gradient.
+            The whole model runs at once then, and predicted losses, whose unit is not known, are left out of the
+            record. ``None`` is the cross-entropy of next tokens.
         settings: Further fields of :class:`lowrank_lit.settings.Settings`: ``preset`` (``best``, ``fast``,
             ``unirank``), or ``metric``, ``allocator``, ``feedback``, ``rounds``, ``select``, ``storage``, ``targets``,
             ``min_rank``, ``quantum``, ``damping``, ``shrinkage``, ``alpha``, ``labels``, ``importance_of``,
@@ -110,9 +120,9 @@ def compress(
     """
     chosen = settings_of(keep_ratio, settings)
     with working_in(workspace, model) as space, ExpertsApart(model) as apart:
-        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
+        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space, loss=loss)
         with apart.undone():
-            identity = fingerprint(model, study.batches, chosen)
+            identity = fingerprint(model, study.batches, chosen, loss)
         study.collection.resume = None if resume is None else (Path(resume), identity)
         before = (count_parameters(model), stored_bytes(model))
         draft = study.draft(chosen)
@@ -163,25 +173,27 @@ def plan_ranks(
     keep_ratio: float,
     device: torch.device | str | None = None,
     workspace: str | Path | None = None,
+    loss: Loss | None = None,
     **settings: Any,
 ) -> RankPlan:
     """The plan that :func:`compress` would follow, with the model left as it is; arguments and errors as there."""
     chosen = settings_of(keep_ratio, settings)
     with working_in(workspace, model) as space, ExpertsApart(model) as apart:
-        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space)
+        study = Study(model, batches, targets=chosen.targets, device=device, workspace=space, loss=loss)
         plan = study.draft(chosen).plan
         with apart.undone():
-            return replace(plan, fingerprint=fingerprint(model, study.batches, chosen))
+            return replace(plan, fingerprint=fingerprint(model, study.batches, chosen, loss))
 
 
-def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) -> str:
+def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings, loss: Loss | None = None) -> str:
     """Identity of a compression: hash of the model's weights and configuration, the calibration tokens, the settings
     and the version.
 
     The configuration says what no weight does, such as how positions are rotated or scaled. Where the model was loaded
     from and by which version of transformers does not count.
 
-    Two compressions with the same fingerprint give the same result.
+    Two compressions with the same fingerprint give the same result. Of a loss of the caller's, its targets count, its
+    name and its ``identity``, an attribute that it may have; not its code.
     """
     digest = hashlib.sha256(f"{__version__} {settings}".encode())
     digest.update(_configuration(model).encode())
@@ -189,7 +201,11 @@ def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings) ->
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_raw(tensor))
         release([tensor])
-    digest.update(batches_hash(split_single(as_batches(batches))).encode())
+    own = split_single(as_batches(batches, model), whole=loss is not None)
+    digest.update(batches_hash(own).encode())
+    if loss is not None:
+        digest.update(f"{name_of(loss)} {getattr(loss, 'identity', '')}".encode())
+        digest.update(batches_hash([_leaves(batch) for batch in own]).encode())
     return digest.hexdigest()[:32]
 
 
@@ -210,6 +226,12 @@ def batches_hash(batches: Sequence[Batch]) -> str:
             digest.update(json.dumps([key, list(value.shape)]).encode())
             digest.update(_raw(value))
     return digest.hexdigest()
+
+
+def _leaves(batch: Batch) -> dict[str, Tensor]:
+    """All tensors of a batch as it was given, by their place in it."""
+    leaves = tree_leaves(given_batch(batch))
+    return {str(place): leaf for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
 
 
 def _raw(tensor: Tensor) -> Any:

@@ -21,7 +21,14 @@ from lowrank_lit.statistics import GradientSums, energy_of, full_float32, real_t
 from lowrank_lit.streaming import POSITIONAL, Batch, logits_of, real_positions
 
 Loss = Callable[[nn.Module, Batch], Tensor]
-"""The forward of a model on a batch, and its loss in nats SUMMED over target tokens: a number with a gradient."""
+"""The forward of a model on a batch, and its loss in nats SUMMED over targets (tokens, rows): a number with a gradient.
+A constant factor scales the curves of all matrices alike, and changes no rank."""
+
+
+def name_of(loss: Loss) -> str:
+    """What a loss is called, for notes."""
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
 
 WeightOf = Callable[[nn.Module], Tensor]
 

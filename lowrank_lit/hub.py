@@ -279,7 +279,7 @@ def export(
     refuse_foreign(target, identity)
     model = getattr(model, "_orig_mod", model)  # a model wrapped by torch.compile
     _require_transformers(model)
-    _refuse_unmerged(model)
+    refuse_unmerged(model)
     if plan is not None:
         check_applied(model, plan)
     stored = _resolve_dtype(dtype)
@@ -455,7 +455,12 @@ def _require_transformers(model: nn.Module) -> PreTrainedModel:
     return model
 
 
-def _refuse_unmerged(model: PreTrainedModel) -> None:
+def refuse_unmerged(model: nn.Module) -> None:
+    """Refuse adapters and layers in 4 bits, which no export holds.
+
+    Raises:
+        ModelError: Naming the layer.
+    """
     for name, module in model.named_modules():
         if type(module).__module__.partition(".")[0] == "peft":
             raise ModelError(f"'{name}' is a {type(module).__name__} of PEFT; merge the adapters first")

@@ -19,7 +19,7 @@ from lowrank_lit.allocation import MatrixSpec
 from lowrank_lit.calibration import calibrate
 from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import GradientError, ModelError, PlanError
-from lowrank_lit.gradients import SampledTokenLoss
+from lowrank_lit.gradients import Loss, SampledTokenLoss
 from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.linalg import require_finite
 from lowrank_lit.plan import MatrixPlan, RankPlan
@@ -78,7 +78,12 @@ class MaskedLinear(FactoredLinear):
 
 
 def factor_fully(
-    model: nn.Module, batches: Sequence[Batch], names: Sequence[str], *, device: torch.device | str | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    names: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+    loss: Loss | None = None,
 ) -> None:
     """Replace layers by factors of the whole matrices, whose components are those of the metric ``two_sided``.
 
@@ -90,6 +95,7 @@ def factor_fully(
         batches: Calibration batches, from :func:`lowrank_lit.batches.as_batches`.
         names: Dotted names of linear or factored layers.
         device: Where to compute; ``None`` is where the model is.
+        loss: Whose gradients are taken, as for :func:`lowrank_lit.compress`; ``None`` is that of next tokens.
 
     Raises:
         ModelError: If a layer is in pivot form or has adapters.
@@ -99,7 +105,7 @@ def factor_fully(
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():
         _require_factorable(name, layer)
-    found, metric = _moments(model, batches, layers, device)
+    found, metric = _moments(model, batches, layers, device, loss)
     new = {}
     for name, layer in tqdm(layers.items(), desc="factoring", unit="matrix", disable=None, leave=False):
         first = next(layer.parameters())
@@ -123,15 +129,20 @@ def _require_factorable(name: str, layer: nn.Module) -> None:
 
 
 def _moments(
-    model: nn.Module, batches: Sequence[Batch], layers: Mapping[str, nn.Module], device: torch.device | str | None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    layers: Mapping[str, nn.Module],
+    device: torch.device | str | None,
+    loss: Loss | None,
 ) -> tuple[Calibration, str]:
     """Statistics for the metric ``two_sided``, or for ``input`` where there is no loss to differentiate."""
     settings: dict[str, Any] = {"weight_of": dense_weight, "importance": False, "device": device}
     try:
         both = frozenset({"input", "gradient"})
-        return calibrate(model, batches, layers, moments=both, loss=SampledTokenLoss(), **settings), "two_sided"
+        chosen = loss or SampledTokenLoss()
+        return calibrate(model, batches, layers, moments=both, loss=chosen, **settings), "two_sided"
     except GradientError:
-        return calibrate(model, batches, layers, moments=frozenset({"input"}), **settings), "input"
+        return calibrate(model, batches, layers, moments=frozenset({"input"}), loss=loss, **settings), "input"
 
 
 @dataclass

@@ -7,6 +7,7 @@ chain, each fed exactly what the one before returned.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lowrank_lit.errors import reason_of
 from lowrank_lit.paging import release
 
 Batch = Mapping[str, Tensor]
@@ -105,9 +107,38 @@ def run_model(model: nn.Module, batch: Batch) -> Any:
     """Forward of the model on a batch, without a cache of keys and values, which would keep every block's states for
     nothing."""
     named: dict[str, Any] = {key: value for key, value in batch.items() if key != POSITIONAL}
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    if hasattr(getattr(model, "config", None), "use_cache") and takes(model, "use_cache"):
         named["use_cache"] = False
     return model(batch[POSITIONAL], **named) if POSITIONAL in batch else model(**named)
+
+
+def parameters_of(model: nn.Module) -> list[inspect.Parameter]:
+    """The parameters of the model's forward, in order; none where Python cannot tell."""
+    try:
+        return list(inspect.signature(model.forward).parameters.values())
+    except (TypeError, ValueError):  # such as a forward that is compiled code
+        return []
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the model's forward takes an argument of this name, or any (``**kwargs``), or cannot be asked."""
+    known = parameters_of(model)
+    return not known or any(
+        entry.kind is entry.VAR_KEYWORD or (entry.name == name and entry.kind is not entry.POSITIONAL_ONLY)
+        for entry in known
+    )
+
+
+def refuses(model: nn.Module, batch: Batch) -> str:
+    """Why the model's forward does not run on the first sequence of a batch, in a line; empty where it does."""
+    try:
+        with evaluating(model), torch.no_grad():
+            run_model(model, to_device({key: value[:1] for key, value in batch.items()}, _device_of(model)))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a forward of the user's own may raise anything
+        return f"{type(error).__name__}: {reason_of(error)}"
+    return ""
 
 
 def logits_of(model: nn.Module, batch: Batch) -> Tensor | None:

@@ -27,6 +27,7 @@ from lowrank_lit.allocation.unirank import unirank_scores
 from lowrank_lit.collection import Collection, Costs, Evidence
 from lowrank_lit.errors import DataError, GradientError, LowRankError, NonFiniteError
 from lowrank_lit.evidence import block_importance, predicts_nats, profiles_of, specs_of
+from lowrank_lit.gradients import Loss
 from lowrank_lit.layers import LAYER_OF_FORM
 from lowrank_lit.paging import Workspace, release
 from lowrank_lit.plan import MatrixPlan, RankPlan
@@ -92,6 +93,7 @@ class Study:
         targets: Shell patterns of layer names, or ``None``.
         device: Where to compute; ``None`` is where the model is.
         workspace: Where what waits is kept, factors included; ``None`` is in memory.
+        loss: Whose gradients are taken, see :func:`lowrank_lit.compress`; ``None`` is that of next tokens.
 
     Attributes:
         collection: What is known of the model.
@@ -110,8 +112,9 @@ class Study:
         targets: Sequence[str] | None = None,
         device: torch.device | str | None = None,
         workspace: Workspace | None = None,
+        loss: Loss | None = None,
     ) -> None:
-        self.collection = Collection(model, batches, targets, device, workspace)
+        self.collection = Collection(model, batches, targets, device, workspace, loss)
         self.workspace = workspace
         self.model = model
         self.batches = self.collection.batches
@@ -173,6 +176,8 @@ class Study:
             LowRankError: If the metric predicts no loss in nats per token (``two_sided`` and ``input`` do).
         """
         settings, evidence, _ = self.collection.first(replace(settings, allocator="knapsack"))
+        if self.collection.loss is not None:
+            raise LowRankError("a loss of your own predicts nothing in nats per token; leave loss out")
         if not predicts_nats(str(settings.metric), evidence.calibration.statistics):
             raise LowRankError(
                 f"metric='{settings.metric}' predicts no loss in nats; choose two_sided, or a model with a next-token "
@@ -288,6 +293,8 @@ class Study:
         """Who measures candidates, if anyone can, and notes."""
         started, costs = time.perf_counter(), self.collection.costs
         if self._kept_judge is None:
+            if reason := self.collection.refused:
+                return None, (f"no candidates were measured: the model's forward does not run ({reason})",)
             try:
                 self._kept_judge = Judge(self.model, self.batches, self.layers, self.device, self.workspace)
             except DataError as error:
@@ -361,9 +368,10 @@ class Study:
     def _predicted(
         self, settings: Settings, specs: Sequence[MatrixSpec], evidence: Evidence, ranks: Sequence[int]
     ) -> float | None:
-        """Rise of the loss in nats per token; ``None`` where the metric predicts none."""
+        """Rise of the loss in nats per token; ``None`` where the metric predicts none, or the loss, which is the
+        caller's, may have any unit."""
         metric, calibration = str(settings.metric), evidence.calibration
-        if not predicts_nats(metric, calibration.statistics):
+        if self.collection.loss is not None or not predicts_nats(metric, calibration.statistics):
             return None
         plain = profiles_of(specs, evidence.spectra, calibration, self.collection.places, metric=metric, power=0.0)
         return predicted_loss(plain, ranks)

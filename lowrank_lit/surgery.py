@@ -85,16 +85,23 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     else:
         chosen = _select(linear, patterns, holders)
     if not chosen:
-        packed = {type(module).__name__ for module in model.modules()} & _PACKED
-        remedy = (
-            f"its {packed.pop()} layers hold packed weights: compress the model before it is quantised"
-            if packed
-            else "a model that is factored already is compressed again from its dense original"
-        )
         raise ModelError(
-            f"{type(model).__name__} has no linear layer to factor among {len(linear)} linear layers; {remedy}"
+            f"{type(model).__name__} has no linear layer to factor among {len(linear)} linear layers; "
+            f"{_remedy(model, bool(linear))}"
         )
     return {target.name: target for target in chosen}
+
+
+def _remedy(model: nn.Module, linear: bool) -> str:
+    """What to do with a model that has nothing to factor."""
+    packed = {type(module).__name__ for module in model.modules()} & _PACKED
+    if packed:
+        return f"its {packed.pop()} layers hold packed weights: compress the model before it is quantised"
+    if any(isinstance(module, FactoredLayer) for module in model.modules()):
+        return "a model that is factored already is compressed again from its dense original"
+    if linear:
+        return "the output embedding, tied weights and classifiers stay dense unless targets names them"
+    return "nn.Linear and Conv1D are factored, convolutions are not, and layers have to be made before setup"
 
 
 def dense_weight(module: nn.Module) -> Tensor:

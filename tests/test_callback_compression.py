@@ -260,11 +260,11 @@ def test_the_export_folder_is_looked_at_before_anything_is_computed(
     assert not factored(module)
 
 
-def test_no_batches_and_no_datamodule(trainer_settings: dict[str, Any], folder: Path) -> None:
+def test_no_batches_and_data_that_are_read_once(trainer_settings: dict[str, Any], folder: Path) -> None:
     module = LowRankModule(str(folder))
     loader = DataLoader(TensorDataset(torch.zeros(4, 8, dtype=torch.long)))
-    with pytest.raises(DataError, match=r"no calibration text: pass batches=\.\.\., or fit with a TextDataModule"):
-        pl.Trainer(**trainer_settings, callbacks=[make_callback()]).fit(module, loader)
+    with pytest.raises(DataError, match=r"cannot calibrate on a generator.*; pass batches=\[\.\.\.\] to the callback"):
+        pl.Trainer(**trainer_settings, callbacks=[make_callback()]).fit(module, (batch for batch in loader))
     assert not factored(module)
 
 

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoModelForCausalLM
 
+import lowrank_lit
 from lowrank_lit.callbacks import ExportOnFitEnd, FactorTuning, LowRankCompression, RankPreservingLoRA, RankReport
 from lowrank_lit.callbacks.export import round_weights
 from lowrank_lit.corpus import embedded_text
 from lowrank_lit.data import TextDataModule
-from lowrank_lit.errors import ExportError, ModelError, NonFiniteError
+from lowrank_lit.errors import ExportError, ModelError, NonFiniteError, PlanError
 from lowrank_lit.evaluation import perplexity
 from lowrank_lit.html import render
 from lowrank_lit.layers import FactoredLinear
@@ -497,7 +498,7 @@ class Plain(pl.LightningModule):
         return DataLoader(TensorDataset(torch.randn(8, 16)), batch_size=4)
 
 
-def test_users_own_module_is_reported_but_not_exported(tmp_path: Path) -> None:
+def test_users_own_module_is_reported(tmp_path: Path) -> None:
     made = LowRankCompression(
         0.6, metric="identity", allocator="uniform", min_rank=2, batches=[{"x": torch.randn(4, 16)}]
     )
@@ -506,11 +507,31 @@ def test_users_own_module_is_reported_but_not_exported(tmp_path: Path) -> None:
     assert record["complete"]
     assert record["keep_ratio"]["achieved"] <= 0.6
     assert set(record["perplexity"].values()) == {None}
-    with pytest.raises(ModelError, match="no transformers model"):
-        make_trainer(tmp_path / "other", [made, ExportOnFitEnd()]).fit(Plain())
-    assert not (tmp_path / "other" / "plan.json").exists()  # refused before anything was computed
-    with pytest.raises(ModelError, match="no transformers model"):
-        make_trainer(tmp_path / "other", [ExportOnFitEnd()]).fit(Plain())
+
+
+def test_a_users_own_module_is_exported_as_a_folder_of_its_own(tmp_path: Path) -> None:
+    made = LowRankCompression(0.6, min_rank=2)
+    module, x = Plain(), torch.randn(5, 16)
+    make_trainer(tmp_path, [made, ExportOnFitEnd()], 2).fit(module)
+    again = Plain()
+    plan = lowrank_lit.load_module(again, tmp_path / "model")
+    assert made.result is not None
+    assert plan == made.result.plan
+    assert torch.equal(again(x), module(x))
+    assert isinstance(again.net[0], FactoredLinear)
+    make_trainer(tmp_path / "dense", [ExportOnFitEnd()], 1).fit(dense := Plain())
+    assert lowrank_lit.load_module(other := Plain(), tmp_path / "dense" / "model") is None
+    assert torch.equal(other(x), dense(x))
+
+    with pytest.raises(ExportError, match=r"'0\.bias' is not the same"):
+        lowrank_lit.load_module(nn.Sequential(nn.Linear(2, 2)), tmp_path / "dense" / "model")
+    with pytest.raises(PlanError, match="does not fit"):
+        lowrank_lit.load_module(nn.Sequential(nn.Linear(2, 2)), tmp_path / "model")
+    with pytest.raises(ExportError, match="no export of a module"):
+        lowrank_lit.load_module(again, tmp_path)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(ExportError, match="missing, truncated"):
+        lowrank_lit.load_module(Plain(), tmp_path / "model")
 
 
 @pytest.mark.parametrize("callback", [ExportOnFitEnd(), RankReport()], ids=["export", "report"])

@@ -47,7 +47,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("collection", "study"),
     (
         *("compress", "sweep", "cache", "distillation", "evaluation"),
-        *("folders", "weights", "modeling_lowrank", "formats", "hub", "report"),
+        *("folders", "weights", "modeling_lowrank", "formats", "hub", "plain", "report"),
     ),
     ("windows", "timing", "harness"),
     ("_markup", "svg", "pictures", "html"),
