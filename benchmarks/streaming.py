@@ -6,7 +6,7 @@ Run from the repository's root:
     python benchmarks/streaming.py --preset best --width 384 --threads 1     # the same of the default preset
     python benchmarks/streaming.py --table     # Markdown tables of it
     python benchmarks/streaming.py --plot benchmarks/streaming.png
-    python benchmarks/streaming.py --billion   # 1.1 billion parameters: compress and export, under an hour
+    python benchmarks/streaming.py --billion   # 1.26 billion parameters: compress and export, half an hour
 
 Protocol: Llamas of random weights in bfloat16, written to --folder in shards, of --width (MLP 8/3 of it, vocabulary
 8192, head and embedding apart) and 4 to 32 blocks. Each case is a process of its own that loads the folder with

@@ -95,7 +95,7 @@ def test_every_factor_is_in_the_optimizer_and_trains(
     trainer = pl.Trainer(**trainer_settings, callbacks=[callback])
     trainer.fit(module, data)
     layers = factored(module)
-    assert len(layers) >= 10
+    assert len(layers) >= 8  # of 14: by the budget others stay dense
     optimized = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
     own = {id(p) for layer in layers.values() for p in layer.parameters()}
     assert len(own) == 2 * len(layers)
