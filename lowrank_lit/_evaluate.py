@@ -320,7 +320,7 @@ def _notes(record: _Record, wanted: Wanted) -> list[str]:
             "± standard error."
         )
     if record["tasks"]:
-        shots = {task: found["shots"] for task, found in record["tasks"].items()}
+        shots = ", ".join(f"{found['shots']} in {task}" for task, found in record["tasks"].items())
         notes.append(f"lm-evaluation-harness: examples before each question {shots}; ± its standard error.")
     if record["throughput"]:
         timed = record["throughput"][0]
