@@ -324,7 +324,7 @@ def _notes(record: _Record, wanted: Wanted) -> list[str]:
         notes.append(f"lm-evaluation-harness: examples before each question {shots}; ± its standard error.")
     if record["throughput"]:
         timed = record["throughput"][0]
-        threads = f", {timed['threads']} threads" if timed["device"] == "cpu" else ""
+        threads = f", torch threads: {timed['threads']}" if timed["device"] == "cpu" else ""
         notes.append(
             f"Prefill: one forward over {timed['prompt_length']} random tokens per sequence; decode: "
             f"{timed['new_tokens']} greedy tokens after it, one forward each with the KV cache; median of "
