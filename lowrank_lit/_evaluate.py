@@ -320,11 +320,11 @@ def _notes(record: _Record, wanted: Wanted) -> list[str]:
             "± standard error."
         )
     if record["tasks"]:
-        shots = {task: found["shots"] for task, found in record["tasks"].items()}
+        shots = ", ".join(f"{found['shots']} in {task}" for task, found in record["tasks"].items())
         notes.append(f"lm-evaluation-harness: examples before each question {shots}; ± its standard error.")
     if record["throughput"]:
         timed = record["throughput"][0]
-        threads = f", {timed['threads']} threads" if timed["device"] == "cpu" else ""
+        threads = f", torch threads: {timed['threads']}" if timed["device"] == "cpu" else ""
         notes.append(
             f"Prefill: one forward over {timed['prompt_length']} random tokens per sequence; decode: "
             f"{timed['new_tokens']} greedy tokens after it, one forward each with the KV cache; median of "
