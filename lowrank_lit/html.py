@@ -239,7 +239,7 @@ def _panel(
         lines.append(Line(points, colour, marks=[cut] if cut else []))
     label = f"Singular values of {kind}, {len(cells)} of {count} blocks"
     axes = {"x_label": "component / full rank", "y_label": "value / largest"}
-    chart = line_chart(lines, label=label, **axes, log_y=True, y_range=heights, size=(300, 210))
+    chart = line_chart(lines, label=label, **axes, log_y=True, x_range=(0.0, 1.0), y_range=heights, size=(300, 210))
     shown = "" if len(cells) == count else f" ({len(cells)} of {count} blocks)"
     return element("figure", element("figcaption", breakable(kind), shown), Markup(chart))
 
