@@ -244,7 +244,8 @@ def _config(trainer: pl.Trainer) -> dict[str, Any]:
     """The command line's whole configuration, or the compression's settings where there was no command line."""
     saved = find_callback(trainer, SaveConfigCallback)
     if isinstance(saved, SaveConfigCallback):
-        return dict(saved.config.as_dict())
+        # What `config` names has gone into the rest.
+        return {key: value for key, value in saved.config.as_dict().items() if key != "config"}
     compression = find_callback(trainer, LowRankCompression)
     return compression.settings() if isinstance(compression, LowRankCompression) else {}
 

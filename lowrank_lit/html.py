@@ -26,7 +26,7 @@ from lowrank_lit._markup import (
     table,
 )
 from lowrank_lit._tables import gibibytes
-from lowrank_lit.pictures import curves_of, cut_of, depth_of, panels_of
+from lowrank_lit.pictures import curves_of, cut_of, depth_of, heights_of, panels_of
 from lowrank_lit.report import read_record, replacing, summary_rows
 from lowrank_lit.svg import Line, line_chart
 
@@ -216,12 +216,12 @@ def _spectra(record: Mapping[str, Any]) -> list[Markup]:
     panels = panels_of(record)
     if not panels:
         return [absent("The record holds no spectra; the compression was computed by an older release.")]
-    heights = _spectrum_range(panels)
+    heights = heights_of(record)
     figures = [_panel(record, kind, cells, count, heights) for kind, (cells, count) in panels.items()]
     words = (
         "Singular values in the plan's metric, divided by the largest, at up to 32 components; from blue, the first "
         "block, over purple to orange, the last. A ring is the cut: components to the right of it are left out. A line "
-        "without a ring stays dense. Of experts: geometric means, and the mean cut."
+        "without a ring stays dense; what is below the axis is not drawn. Of experts: geometric means, the mean cut."
     )
     return [element("p", words, class_="dim"), element("div", *figures, class_="panels")]
 
@@ -239,14 +239,9 @@ def _panel(
         lines.append(Line(points, colour, marks=[cut] if cut else []))
     label = f"Singular values of {kind}, {len(cells)} of {count} blocks"
     axes = {"x_label": "component / full rank", "y_label": "value / largest"}
-    chart = line_chart(lines, label=label, **axes, log_y=True, y_range=heights, size=(300, 210))
+    chart = line_chart(lines, label=label, **axes, log_y=True, x_range=(0.0, 1.0), y_range=heights, size=(300, 210))
     shown = "" if len(cells) == count else f" ({len(cells)} of {count} blocks)"
     return element("figure", element("figcaption", breakable(kind), shown), Markup(chart))
-
-
-def _spectrum_range(panels: Mapping[str, tuple[Sequence[Mapping[str, Any]], int]]) -> tuple[float, float]:
-    values = [v for cells, _ in panels.values() for cell in cells for v in cell["values"] if v > 0]
-    return max(min(values, default=0.1), 1e-6) / 1.3, 1.1
 
 
 def _training(record: Mapping[str, Any]) -> list[Markup]:
@@ -256,7 +251,8 @@ def _training(record: Mapping[str, Any]) -> list[Markup]:
         return [absent(why)]
     parts = [_loss_chart(curves), _rate_chart(curves)]
     train = record["curves"]["train_loss"]
-    words = f"{record['curves']['counts']} A point is the mean over {train['mean_over']} batches."
+    over = "one batch" if train["mean_over"] == 1 else f"the mean over {train['mean_over']} batches"
+    words = f"{record['curves']['counts']} A point is {over}."
     parts.append(element("p", words, class_="dim"))
     if train["skipped"]:
         parts.append(absent(f"{train['skipped']} losses were not finite and are in no mean."))

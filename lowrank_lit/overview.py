@@ -82,15 +82,14 @@ def _ranks(matrices: Sequence[MatrixPlan]) -> dict[str, Any]:
 
 
 def components(full_rank: int) -> list[int]:
-    """Numbers of the components that are kept of a spectrum: all up to 32, else 32 from 1 to ``full_rank`` in equal
-    ratios, but for the first, which are whole numbers apart."""
+    """Numbers of the components that are kept of a spectrum: all up to 32, else at most 32 from 1 to ``full_rank``, one
+    half in equal ratios, for its head, the other in equal distances, for its tail."""
     if full_rank <= POINTS:
         return list(range(1, full_rank + 1))
-    places = [1.0]
-    for left in range(POINTS - 1, 0, -1):
-        last = places[-1]
-        places.append(max(last + 1, last * (full_rank / last) ** (1 / left)))
-    return [int(place + 0.5) for place in places]
+    half = POINTS // 2
+    ratios = [full_rank ** (step / half) for step in range(half)]
+    distances = [full_rank * step / half for step in range(1, half + 1)]
+    return sorted({round(place) for place in (*ratios, *distances)})
 
 
 def spectrum_cells(spectra: Mapping[str, Spectrum]) -> list[dict[str, Any]]:

@@ -39,6 +39,18 @@ def depth_of(record: Mapping[str, Any], cell: _Cell) -> float:
     return (cell["block"] or 0) / last if last else 0.0
 
 
+def heights_of(record: Mapping[str, Any]) -> tuple[float, float]:
+    """Least and largest value of the axis of all panels: the last tenth of a spectrum, which may end in rounding, does
+    not count."""
+    least = [
+        value
+        for cell in record["spectra"]
+        for number, value in zip(cell["components"], cell["values"], strict=True)
+        if value > 0 and number <= 0.9 * cell["full_rank"]
+    ]
+    return max(min(least, default=0.1), 1e-6) / 1.5, 1.2
+
+
 def cut_of(record: Mapping[str, Any], cell: _Cell) -> tuple[float, float] | None:
     """Where the plan cuts a cell's spectrum: share of the full rank, and the line's height there; ``None`` where
     everything stays dense, or the line is at 0."""
@@ -86,6 +98,7 @@ def spectra_figure(record: Mapping[str, Any]) -> Figure | None:
             if (cut := cut_of(record, cell)) is not None:
                 axes.plot(*cut, color=colour, marker="o", markersize=4, markerfacecolor="white", linestyle="none")
         axes.set_yscale("log")
+        axes.set_ylim(*heights_of(record))
         axes.set_title(kind, fontsize=9, loc="left")
         axes.tick_params(labelsize=8)
     for axes in grid.flat[len(panels) :]:
@@ -97,6 +110,8 @@ def spectra_figure(record: Mapping[str, Any]) -> Figure | None:
 
 def loss_figure(record: Mapping[str, Any]) -> Figure | None:
     """Loss and learning rate against the step; ``None`` where no step has been recorded."""
+    from matplotlib.ticker import MaxNLocator
+
     curves = curves_of(record)
     if "train" not in curves:
         return None
@@ -114,6 +129,7 @@ def loss_figure(record: Mapping[str, Any]) -> Figure | None:
         rate.tick_params(labelsize=8)
         drawn.append(rate)
     axes.set_xlabel("step", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("loss", fontsize=9)
     axes.tick_params(labelsize=8)
     handles = [handle for part in drawn for handle in part.get_legend_handles_labels()[0]]

@@ -77,6 +77,7 @@ def line_chart(
     x_label: str,
     y_label: str,
     log_y: bool = False,
+    x_range: tuple[float, float] | None = None,
     y_range: tuple[float, float] | None = None,
     size: tuple[int, int] = (480, 250),
 ) -> str:
@@ -88,6 +89,7 @@ def line_chart(
         x_label: Below the axis.
         y_label: Beside the axis.
         log_y: Whether ``y`` is logarithmic.
+        x_range: Of the ``x`` axis; by default that of the points.
         y_range: Of the ``y`` axis; by default that of the points, rounded outwards.
         size: In units of the picture, which is scaled to the page.
 
@@ -102,7 +104,7 @@ def line_chart(
     every = [point for points in shown for point in points]
     if not every:
         raise LowRankError(f"'{label}' has no point to draw; leave the chart out")
-    axes = _axes(every, log_y, y_range, size)
+    axes = _Axes(*_ranges(every, log_y, x_range, y_range), log_y, *size)
     parts = [*_grid(axes), *_labels(axes, x_label, y_label)]
     for line, points in zip(lines, shown, strict=True):
         parts += _drawn(axes, line, points)
@@ -110,9 +112,13 @@ def line_chart(
     return f"{head}<title>{escape(label)}</title>{''.join(parts)}</svg>"
 
 
-def _axes(
-    points: Sequence[tuple[float, float]], log_y: bool, y_range: tuple[float, float] | None, size: tuple[int, int]
-) -> _Axes:
+def _ranges(
+    points: Sequence[tuple[float, float]],
+    log_y: bool,
+    x_range: tuple[float, float] | None,
+    y_range: tuple[float, float] | None,
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Of both axes, wider than nothing."""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     low, high = y_range or (min(ys), max(ys))
     if y_range is None and log_y:
@@ -120,10 +126,10 @@ def _axes(
     elif y_range is None:
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
         low, high = (0.0 if low == 0 else low - room), high + room
-    left, right = min(xs), max(xs)
+    left, right = x_range or (min(xs), max(xs))
     if left == right:
         left, right = left - 0.5, right + 0.5
-    return _Axes((left, right), (low, high), log_y, *size)
+    return (left, right), (low, high)
 
 
 def linear_ticks(low: float, high: float, most: int = 6) -> list[float]:

@@ -54,7 +54,7 @@ def test_the_record_has_every_figure(run_folder: Path) -> None:
     page = check((run_folder / "report.html").read_text(encoding="utf-8"))
     assert f"{record['perplexity']['recovered']:.5g}" in page.text
     assert "max_steps: 3" in page.text, "the resolved recipe"
-    assert "recover host" in page.text, "the memory by stage"
+    assert "Peak of each stage" in page.text, "the memory that MemoryReport saw"
 
 
 def test_the_export_is_the_model_that_was_measured(run_folder: Path) -> None:
