@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lowrank_lit.callbacks import LowRankCompression
 
-FEATURES, CLASSES, ROWS = 64, 8, 2048
+FEATURES, CLASSES, ROWS = 64, 8, 1536
 
 
 class Classifier(pl.LightningModule):
@@ -25,8 +25,8 @@ class Classifier(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Linear(FEATURES, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.1),
-            nn.Linear(256, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, CLASSES),
+            nn.Linear(FEATURES, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.1),
+            nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU(), nn.Linear(128, CLASSES),
         )  # fmt: skip
 
     def forward(self, features: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def main() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         dense = fit(module, 4, [], folder)
         before = sum(parameter.numel() for parameter in module.parameters())
-        compressed = fit(module, 1, [LowRankCompression(keep_ratio=0.33)], folder)
+        compressed = fit(module, 1, [LowRankCompression(keep_ratio=0.33, preset="fast")], folder)
     after = sum(parameter.numel() for parameter in module.parameters())
     print(f"dense       {before:8,} parameters, accuracy {dense:.3f}")
     print(f"compressed  {after:8,} parameters, accuracy {compressed:.3f}")

@@ -1,6 +1,6 @@
 """A text classifier on an encoder of the BERT type, dense and compressed: `python examples/text_classifier.py`.
 
-Accuracy on texts that were not trained on: at least 0.95 by either model, the compressed one
+Accuracy on texts that were not trained on: at least 0.9 by either model, the compressed one
 with 0.6 of the parameters.
 """
 
@@ -46,7 +46,7 @@ class TextData(pl.LightningDataModule):
     """An ordinary datamodule: the calibration takes its batches from ``train_dataloader``."""
 
     def setup(self, stage: str) -> None:
-        self.train, self.validation = Texts(2048, 1), Texts(512, 2)
+        self.train, self.validation = Texts(1536, 1), Texts(512, 2)
 
     def train_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         return DataLoader(self.train, batch_size=32, shuffle=True)

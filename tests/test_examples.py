@@ -22,7 +22,7 @@ def test_an_example(name: str, parameters: float, capsys: pytest.CaptureFixture[
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = module.main()
-    assert found["dense"] > 0.95
-    assert found["compressed"] > 0.95
+    assert found["dense"] > 0.9  # 0.997, 0.961, 1.000
+    assert found["compressed"] > 0.9  # 0.997, 0.957, 1.000
     assert found["parameters"] < parameters
     assert "compressed" in capsys.readouterr().out

@@ -126,6 +126,11 @@ def test_the_same_ranks_from_wherever_the_rows_come(make_trainer: Callable[..., 
         assert callback.result.record["predicted"] is None  # of a loss in a unit of its own
     assert plans[0].matrices == plans[1].matrices == plans[2].matrices
     assert plans[0].fingerprint == plans[1].fingerprint
+    torch.manual_seed(0)
+    again = compression()
+    make_trainer(again, default_root_dir=tmp_path / "0").fit(Project(), loader)  # the same rows, whatever was shuffled
+    assert again.result is not None
+    assert again.result.record["from_cache"]
 
 
 class Watch(pl.Callback):
