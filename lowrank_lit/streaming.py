@@ -204,9 +204,15 @@ def _version(tensor: Tensor | None) -> int | None:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode for the time of the context; then every module gets its own mode back, because a model may be
-    frozen in parts."""
+    frozen in parts.
+
+    bitsandbytes' 4-bit layers alone compute as in training, where nothing depends on it: in evaluation mode they repack
+    their weights in place on CPUs with AVX512-BF16, which gives no gradient and is not undone."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module, _ in modes:
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
     try:
         yield
     finally:
