@@ -408,8 +408,8 @@ def test_callbacks_in_the_wrong_place_are_refused(tmp_path: Path) -> None:
     pivots = LowRankCompression(0.8, preset="unirank", min_rank=2, storage="pivot", batches=CALIBRATION)
     with pytest.raises(ModelError, match="storage='factored'"):
         trainer(tmp_path, pivots, reallocation()).fit(Training())
-    with pytest.raises(DataError, match="no calibration text"):
-        trainer(tmp_path, reallocation(batches=None)).fit(Training())
+    with pytest.raises(DataError, match="several train dataloaders"):
+        trainer(tmp_path, reallocation(batches=None)).fit(Training(), [DataLoader(Rows()), DataLoader(Rows())])
     with pytest.raises(ModelError, match=r"quantize='nf4' rotates the components"):
         trainer(tmp_path, reallocation(), RankPreservingLoRA(rank=2, quantize="nf4")).fit(Training())
 

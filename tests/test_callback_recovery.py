@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lowrank_lit
 from lowrank_lit.callbacks.compression import LowRankCompression
@@ -403,8 +403,9 @@ def test_eva_starts_from_the_calibration_text_and_again_from_disk(
 
 
 def test_eva_without_a_text_is_refused(trainer_settings: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="RankPreservingLoRA has no calibration text: "):
-        pl.Trainer(**trainer_settings, callbacks=[RankPreservingLoRA(config=EVA)]).fit(Training())
+    loaders = [DataLoader(TensorDataset(torch.ones(2, 4, dtype=torch.long))) for _ in range(2)]
+    with pytest.raises(DataError, match="RankPreservingLoRA cannot tell which of several train dataloaders"):
+        pl.Trainer(**trainer_settings, callbacks=[RankPreservingLoRA(config=EVA)]).fit(Training(), loaders)
 
 
 @pytest.mark.parametrize("factors", ["both", "inner", "outer"])
