@@ -258,8 +258,10 @@ def test_what_a_refinement_refuses(folder: Path, tmp_path: Path) -> None:
         fit(Refinement(block_epochs=0), loader(), limit_val_batches=0)
     with pytest.warns(UserWarning, match=r"no validation in 2 steps: the last state stays; lower trainer\.val_check"):
         fit(Refinement(block_epochs=0), loader(), max_epochs=-1, max_steps=2, num_sanity_val_steps=0)
-    with pytest.raises(DataError, match="Refinement has no calibration text"):
-        fit(Refinement(), loader())
+    with pytest.raises(DataError, match="Refinement cannot tell which of several train dataloaders"):
+        trainer(tmp_path / "root", Refinement()).fit(
+            LowRankModule(str(folder), loss="kd"), [loader(), loader()], loader()
+        )
     run = pl.Trainer(callbacks=[Refinement(batches=TEXT)], accelerator="cpu", logger=False)
     with pytest.raises(ModelError, match="has no factored layer when Refinement is set up; list LowRankCompression"):
         run.fit(LowRankModule(str(folder)), loader(), loader())
