@@ -267,7 +267,7 @@ class Collector:
         if few:
             notes += (
                 f"{len(few)} of {len(experts)} matrices of experts saw fewer tokens than they have inputs "
-                f"('{few[0]}': {results[few[0]].tokens}); their statistics are mostly those of all experts",
+                f"('{few[0]}': {results[few[0]].tokens}); their statistics lean on those of all experts",
             )
         return Calibration(results, importance, self.tokens, mode, notes)
 

@@ -25,7 +25,6 @@ from lowrank_lit.statistics import LayerStatistics
 SMOOTHING = 0.1
 """Share of an expert's frequency that is the mean of all: other text than the calibration's reaches other experts."""
 
-
 TRUST = 16
 """How much more a token of the expert's own says than one of the pool's: experts are made to see other tokens than the
 rest, and a stronger pool costs more than the noise that it takes away (benchmarks/RESULTS.md)."""
