@@ -150,12 +150,34 @@ def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         outer: ``(rows, rank)``.
         inner: ``(rank, columns)``.
     """
+    left, u, s, vh, right = _thin_parts(outer, inner)
+    root = s.sqrt()
+    return left @ (u * root), (root[:, None] * vh) @ right.mT
+
+
+def factored_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD ``outer inner = U diag(s) V^T`` of a product of thin factors, which is never formed: a QR of each factor and
+    an SVD of ``(rank, rank)``.
+
+    Args:
+        outer: ``(rows, rank)``, ``rank <= min(rows, columns)``.
+        inner: ``(rank, columns)``.
+
+    Returns:
+        ``U`` ``(rows, rank)``, ``s`` ``(rank,)``, largest first, and ``V`` ``(columns, rank)``. Where the product has a
+        lower rank, the vectors of its zeros complete orthonormal sets.
+    """
+    left, u, s, vh, right = _thin_parts(outer, inner)
+    return left @ u, s, right @ vh.mT
+
+
+def _thin_parts(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``outer inner = left (u diag(s) vh) right^T`` with orthonormal columns of ``left`` and ``right``."""
     outer, inner = equalise(outer, inner)
     left, left_triangle = torch.linalg.qr(outer)
     right, right_triangle = torch.linalg.qr(inner.mT)
     u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
-    root = s.sqrt()
-    return left @ (u * root), (root[:, None] * vh) @ right.mT
+    return left, u, s, vh, right
 
 
 def numerical_rank(singular_values: Tensor, rows: int, columns: int) -> int:

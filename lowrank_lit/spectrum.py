@@ -117,6 +117,18 @@ def effective_rank(energy: Tensor) -> float:
     return 0.0 if total == 0 else float(torch.special.entr(energy / total).sum().exp())
 
 
+def stable_rank(energy: Tensor) -> float:
+    """Stable rank ``||W||_F^2 / ||W||_2^2 = sum s_i^2 / s_1^2`` (Rudelson and Vershynin 2007).
+
+    Between 1 and the rank, and never above :func:`effective_rank`; 0 for a spectrum of zeros.
+
+    Args:
+        energy: Squared singular values ``(p,)``.
+    """
+    total = float(energy.sum())
+    return 0.0 if total == 0 else total / float(energy.max())
+
+
 def rank_for_energy(energy: Tensor, share: float) -> int:
     """Least rank that keeps ``share`` of the energy; 0 for a spectrum of zeros.
 

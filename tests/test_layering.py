@@ -43,11 +43,12 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("reallocation",),
     ("layers", "surgery", "unmerging"),
     ("adapter_config", "adapter_starts", "masks", "merging", "product_lora", "quantize", "recovery", "refinement"),
-    ("evidence", "overview", "refit", "selection", "probes"),
+    ("evidence", "overview", "refit", "selection", "probes", "intruders"),
     ("collection", "study"),
     (
         *("compress", "sweep", "cache", "distillation", "evaluation"),
         *("folders", "weights", "modeling_lowrank", "formats", "hub", "plain", "report"),
+        *("cuts", "head_tail", "diagnosis"),
     ),
     ("windows", "timing", "harness"),
     ("_markup", "svg", "pictures", "html"),
@@ -57,7 +58,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("_recipes", "_scripts"),
     ("_settings",),
     ("_session",),
-    ("_convert", "_dry_run", "_evaluate", "_stages", "_prediction", "_sweep", "cli", "__main__"),
+    ("_convert", "_dry_run", "_evaluate", "_stages", "_prediction", "_sweep", "_diagnose", "_laser", "cli", "__main__"),
 )
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
