@@ -157,8 +157,7 @@ def diagnose(
     """Diagnose a compression of a causal language model, which is left as it is.
 
     Costs one calibration, two decompositions of every matrix, and a pass over ``blocks`` for every matrix that is cut
-    and five more; without ``plan`` also what the plan costs. The weights of all heads, tails and dense matrices are in
-    memory together.
+    and five more; without ``plan`` also what the plan costs. The weights of all heads and tails are in memory together.
 
     Args:
         model: The dense model.

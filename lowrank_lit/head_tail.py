@@ -192,14 +192,17 @@ def part_losses(
         heads: As :func:`part_outputs`.
     """
     frequent = frequent_targets(blocks)
-    tails = {
-        name: (to_double(dense_weight(layers[name]).detach()) - to_double(head)).to(head.dtype)
-        for name, head in heads.items()
-    }
-    whole = {name: (to_double(head) + to_double(tails[name])).to(head.dtype) for name, head in heads.items()}
+
+    def weight_of(part: str, name: str) -> Tensor:
+        head = heads[name]
+        if part == "head":
+            return head
+        tail = (to_double(dense_weight(layers[name]).detach()) - to_double(head)).to(head.dtype)
+        return tail if part == "tail" else (to_double(head) + to_double(tail)).to(head.dtype)
+
     found = {}
-    for part, weights in (("head", heads), ("tail", tails), ("both", whole)):
-        losses = meter.with_weights(layers, weights)
+    for part in ("head", "tail", "both"):
+        losses = meter.with_weights(layers, {name: weight_of(part, name) for name in heads})
         rises = losses - meter.dense
         found[part] = PartLoss(meter.change(losses), _mean(rises[frequent]), _mean(rises[~frequent]))
     return found

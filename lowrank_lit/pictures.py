@@ -160,7 +160,7 @@ def heat_figure(panels: Sequence[HeatPanel], label: str, *, signed: bool) -> Fig
         panels: At least one; values that are not finite are drawn as the largest that is.
         label: What the values are.
         signed: Blue below 0, white at 0, red above, linear around 0 and logarithmic beyond a hundredth of the largest;
-            otherwise a scale from 0 to 1.
+            otherwise a scale from 0 to 1. Grey where there is no value.
     """
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
@@ -173,13 +173,14 @@ def heat_figure(panels: Sequence[HeatPanel], label: str, *, signed: bool) -> Fig
     norm = SymLogNorm(most / 100, vmin=-most, vmax=most) if signed else Normalize(0.0, 1.0)
     # Matplotlib's annotations ask for arrays where it takes a number as well.
     scale: Any = ScalarMappable(norm, colormaps["RdBu_r" if signed else "viridis"])
-    columns = min(3, len(panels))
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = _figure(columns * max(2.6, 1.4 + 0.3 * len(blocks)), rows * max(1.8, 0.8 + 0.26 * len(kinds)))
     grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axes, panel in zip(grid.flat, panels, strict=False):
         cells = [[panel.values.get((kind, block), math.nan) for block in blocks] for kind in kinds]
         axes.imshow(np.clip(cells, -most, most), cmap=scale.cmap, norm=norm, aspect="auto")  # what is not there is NaN
+        axes.set_facecolor("#cccccc")
         axes.set_title(panel.title, fontsize=9, loc="left")
         step = max(1, len(blocks) // 12)
         axes.set_xticks(range(0, len(blocks), step), ["" if b is None else str(b) for b in blocks[::step]], fontsize=7)
@@ -212,7 +213,8 @@ def agreement_figure(points: Sequence[tuple[float, float]], labels: Sequence[str
             axes.plot(*zip(*own, strict=True), marker="o", markersize=4, linestyle="none", color=colour, label=kind)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.axline((1.0, 1.0), (2.0, 2.0), color="#888888", linewidth=1, linestyle="--")
+    ends = [value for point in points if min(point) > 0 for value in point] or [1e-4, 1.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#888888", linewidth=1, linestyle="--")
     axes.set_xlabel("predicted rise of the loss, nats per token", fontsize=9)
     axes.set_ylabel("measured, this matrix alone cut", fontsize=9)
     axes.tick_params(labelsize=8)
