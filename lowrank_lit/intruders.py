@@ -310,9 +310,12 @@ def _partners(model: nn.Module, factored: Mapping[str, FactoredLayer], what: str
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, layer in factored.items():
         shape = (layer.out_features, layer.in_features)
-        found = tuple(dense_weight(modules[name]).shape) if name in modules else None
+        try:
+            found = tuple(dense_weight(modules[name]).shape) if name in modules else None
+        except ModelError:
+            found = None
         if found != shape:
-            has = "no such layer" if found is None else f"{found[0]} x {found[1]} there"
+            has = "no such linear layer" if found is None else f"{found[0]} x {found[1]} there"
             raise ModelError(
                 f"the {what} model is none of the compressed one's: matrix '{name}' is {shape[0]} x {shape[1]} in the "
                 f"compressed model, {has}; give folders of one model"

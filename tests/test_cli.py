@@ -448,29 +448,33 @@ def test_laser_sweep(run: Run, tmp_path: Path) -> None:
     assert "4 blocks of 32 tokens" in out
 
 
-def test_diagnose(run: Run, tmp_path: Path) -> None:
+def test_diagnose(run: Run, tmp_path: Path, workplace: Path) -> None:
     """From the plan alone, and with the folders of a compression and of its recovery."""
-    small = ["--LowRankCompression.preset=unirank", "--LowRankCompression.metric=two_sided"]
-    assert run("run", "tiny", *small)[0] == 0
-    assert run("compress", "tiny", *small, "--trainer.default_root_dir=before")[0] == 0
-    folders = ["--compressed=before/model", "--recovered=out/model"]
-    code, out, err = run("diagnose", "tiny", *small, *folders)
+    model: Any = tiny_model("llama", vocab_size=300)
+    text = batches(vocab=300, structured=True)
+    plan = lowrank_lit.compress(model, text, keep_ratio=0.6, min_rank=2, preset="fast", select=False).plan
+    lowrank_lit.export(model, plan, "before")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.inner.weight.mul_(1.1 + 0.1 * torch.rand(32))
+    lowrank_lit.export(model, plan, "after")
+    code, out, err = run("diagnose", "tiny", "--compressed=before", "--recovered=after")
     assert code == 0, err
     folder = tmp_path / "out/diagnostics"
     names = ["agreement.png", "diagnostics.json", "diagnostics.md", "head_tail.png", "losses.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     found = json.loads((folder / "diagnostics.json").read_text())
-    text = (folder / "diagnostics.md").read_text()
+    table = (folder / "diagnostics.md").read_text()
     for title in ("## Matrices", "## Head and tail", "## Intruder dimensions"):
-        assert title in text
-    plan = RankPlan.load("out/plan.json") if Path("out/plan.json").is_file() else None
-    assert plan is None or [entry["rank"] for entry in found["matrices"]] == [entry.rank for entry in plan.matrices]
+        assert title in table
+    assert [entry["rank"] for entry in found["matrices"]] == [entry.rank for entry in plan.matrices]
     assert abs(found["losses"]["both"]["change"]["rise"]) < 1e-4
-    assert found["compared"].keys() == {entry["name"] for entry in found["matrices"] if entry["form"] != "dense"}
-    assert any(entry["overlap"] for entry in found["compared"].values())
-    assert f"dense {found['dense_loss']:.5f}" in text
-    assert "4 blocks of 32 tokens" in out
-    code, out, err = run("diagnose", "tiny", *small, "--head=0.5", "--split=test", "--path=other")
+    assert found["compared"].keys() == {entry.name for entry in plan.matrices if entry.form != "dense"}
+    assert [name for name, entry in found["compared"].items() if entry["overlap"]] == ["model.layers.1.mlp.up_proj"]
+    assert f"Dense loss {found['dense_loss']:.5f}" in table
+    assert "split calibration" in out
+    assert "8 blocks of 32 tokens" not in out, "of the text, as many blocks as the recipe evaluates on"
+    plan.save(tmp_path / "plan.json")
+    code, out, err = run("diagnose", "tiny", "--plan=plan.json", "--head=0.5", "--split=test", "--path=other")
     assert code == 0, err
     assert "Intruder" not in out
     assert "16 of 32" in out
@@ -478,14 +482,14 @@ def test_diagnose(run: Run, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("a few words")
     tiny_model("llama", vocab_size=300, intermediate_size=40).save_pretrained(tmp_path / "foreign")
     for options, message in (
-        ([*folders[:1], "--recovered=foreign"], "the recovered model is none of the compressed one's: matrix"),
+        (["--compressed=before", "--recovered=foreign"], "the recovered model is none of the compressed one's: matrix"),
         (["--compressed=foreign"], "option '--compressed': 'foreign' holds a dense model"),
-        (["--data.sources.validation=short.txt"], "is shorter than one block of 32 tokens"),
-        ([*folders[:1], "--plan=nowhere.json"], "plan file 'nowhere.json' cannot be read"),
-        ([*folders[:1], "--model.model=foreign"], "the base model is none of the compressed one's"),
-        (["--plan=before/model/config.json"], "plan file 'before/model/config.json': format_version=None"),
+        (["--plan=plan.json", "--data.sources.validation=short.txt"], "is shorter than one block of 32 tokens"),
+        (["--plan=nowhere.json"], "plan file 'nowhere.json' cannot be read"),
+        (["--compressed=before", "--model.model=foreign"], "the base model is none of the compressed one's"),
+        (["--plan=plan.json", "--model.model=foreign"], "the plan does not fit the model in"),
     ):
-        code, _, err = run("diagnose", "tiny", *small, *options, "--path=refused")
+        code, _, err = run("diagnose", "tiny", *options, "--path=refused")
         assert (code, message in last_line(err)) == (2, True), err
         assert not (tmp_path / "refused").exists()
 
