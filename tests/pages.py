@@ -153,7 +153,7 @@ def make_given(folder: Path) -> None:
     module = lowrank_lit.LowRankModule("recipes/quickstart/model")
     module.configure_model()
     data = lowrank_lit.TextDataModule(
-        {"calibration": "embedded:calibration"}, "recipes/quickstart/model", calibration_blocks=16
+        {"calibration": "embedded:calibration"}, "recipes/quickstart/model", calibration_blocks=4
     )
     result = lowrank_lit.compress(
         module.model, data.calibration_batches(), keep_ratio=0.6, preset="unirank", quantum=64, min_rank=64
