@@ -200,4 +200,4 @@ def test_a_quantiser_that_knows_nothing_of_us_takes_the_factors() -> None:
     quantised = [name for name, part in small.named_modules() if type(part).__name__ == "Linear"]
     assert quantised == ["0.inner", "0.outer", "2.inner", "2.outer"]
     assert type(small[0].inner) is not nn.Linear
-    assert error < 0.05  # measured 0.017
+    assert error < 0.1  # measured 0.033

@@ -89,7 +89,7 @@ def test_the_compressed_model_does_not_repeat_itself(run_folder: Path) -> None:
         written = model.generate(prompts, attention_mask=mask, max_new_tokens=48, do_sample=True)[:, prompts.shape[1] :]
         shares.append(sum(len(set(row.tolist())) / len(row) for row in written) / len(written))
     dense, compressed = shares
-    assert 0.8 * dense < compressed < 1.2 * dense  # measured 0.61 and 0.64
+    assert 0.8 * dense < compressed < 1.2 * dense  # measured 0.65 and 0.63
 
 
 def test_a_second_run_takes_the_compression_from_the_first(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
