@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint types wheel clean
+.PHONY: help install quickstart test test-slow lint types docs wheel clean
 
 help:
 	@echo 'make install      create .venv and install the package with its development tools, at the pinned versions'
@@ -16,6 +16,7 @@ help:
 	@echo 'make test         run the tests; make test-slow runs the slow ones'
 	@echo 'make lint         ruff check and ruff format --check'
 	@echo 'make types        mypy --strict'
+	@echo 'make docs         build the documentation into build/site, warnings are errors'
 	@echo 'make wheel        build dist/ and check the wheel outside the checkout'
 	@echo 'make clean        remove builds and caches, keep .venv'
 
@@ -50,6 +51,10 @@ lint: install
 
 types: install
 	$(BIN)/python -m mypy
+
+# Nothing is fetched. The variable spares an announcement of the theme's on every build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 wheel: install
 	$(BIN)/python .ci/check_wheel.py dist
