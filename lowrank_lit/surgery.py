@@ -101,7 +101,10 @@ def _remedy(model: nn.Module, linear: bool) -> str:
         return "a model that is factored already is compressed again from its dense original"
     if linear:
         return "the output embedding, tied weights and classifiers stay dense unless targets names them"
-    return "nn.Linear and Conv1D are factored, convolutions are not, and layers have to be made before setup"
+    return (
+        "nn.Linear and Conv1D are factored, convolutions of kernel 1 once lowrank_lit.pointwise_as_linear(model) has "
+        "made them linear, others are not; layers have to be made before setup"
+    )
 
 
 def dense_weight(module: nn.Module) -> Tensor:

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-# One, for the workers of pytest-xdist share the cores: with two threads each, they wait for one another most of the time.
+# One: with two threads in each of the workers that share the cores, they wait for one another most of the time.
 THREADS = int(os.environ.get("LOWRANK_LIT_TEST_THREADS", "1"))
 # Set by pytest, torch or Lightning in the course of normal work, not by a test that forgot to clean up.
 EXPECTED_CHANGES = {
     "PYTEST_CURRENT_TEST",
     "TORCHINDUCTOR_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
     "PYTORCH_NVML_BASED_CUDA_CHECK",
     "KMP_INIT_AT_FORK",
     "KMP_DUPLICATE_LIB_OK",

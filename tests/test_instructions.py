@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from lowrank_lit.compress import compress
 from lowrank_lit.data import TextDataModule, load_tokenizer
 from lowrank_lit.errors import DataError
 from lowrank_lit.instructions import IGNORED, Sample, instruction_blocks, read_samples
@@ -258,3 +259,20 @@ def test_instructions_are_trained_on_and_nothing_else(module: Callable[..., Text
         data.calibration_batches()
     with pytest.raises(DataError, match=r"data\.sources\.test='chat:a\.jsonl' holds instructions, which only train"):
         TextDataModule({"test": "chat:a.jsonl"}, data.tokenizer_path)
+
+
+def test_conversations_serve_as_calibration_batches(tokenizer: Any, tmp_path: Path) -> None:
+    """Samples in the chat template, padded to one batch: the ranks of the same samples one by one, unpadded."""
+    tokenizer.chat_template = CHATML
+    talks = [[*TALK[: 3 + 2 * (n % 2)], {"role": "user", "content": f"And {n}?"}, TALK[2]] for n in range(12)]
+    samples = read_samples(f"chat:{save(tmp_path / 'a.jsonl', [{'messages': talk} for talk in talks])}", tokenizer)
+    assert len({len(sample.ids) for sample in samples}) > 1
+    padded = [tokenizer.pad({"input_ids": [sample.ids for sample in samples]}, return_tensors="pt")]
+    alone = [{"input_ids": torch.tensor([sample.ids])} for sample in samples]
+    plans = []
+    for data in (padded, alone):
+        model = tiny_model("llama", vocab_size=300, max_position_embeddings=256)
+        result = compress(model, [dict(batch) for batch in data], keep_ratio=0.5, preset="unirank", min_rank=2)
+        assert result.record["calibration"]["tokens"] == sum(len(sample.ids) for sample in samples)
+        plans.append([(matrix.name, matrix.rank) for matrix in result.plan.matrices])
+    assert plans[0] == plans[1]

@@ -26,7 +26,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "linalg", "pivot", "extras", "gauge", "nf4", "loader", "optimizers", "memory", "paging"),
     ("distributed",),
     ("_checkpoints", "_tables", "curves"),
-    ("statistics", "experts", "pooling"),
+    ("statistics", "experts", "pooling", "pointwise"),
     (
         "streaming",
         "dataflow",

@@ -388,7 +388,7 @@ def test_one_line_errors(make_trainer: Callable[..., pl.Trainer]) -> None:
 
     loader = DataLoader(make_data(), batch_size=16)
     cases: list[tuple[type[pl.LightningModule], Any, type[LowRankError], str]] = [
-        (Convolutions, loader, ModelError, "no linear layer to factor among 0 linear layers; .*convolutions are not"),
+        (Convolutions, loader, ModelError, "no linear layer to factor among 0 linear layers; .*pointwise_as_linear"),
         (
             Late,
             None,

@@ -77,6 +77,21 @@ def test_the_export_is_the_model_that_was_measured(run_folder: Path) -> None:
     assert generated.shape[1] == prompt["input_ids"].shape[1] + 8
 
 
+def test_the_compressed_model_does_not_repeat_itself(run_folder: Path) -> None:
+    """Sampled continuations have as many different tokens as the dense model's: a collapse would have few."""
+    module = lowrank_lit.LowRankModule(str(MODEL))
+    module.configure_model()
+    prompts = TextDataModule({"test": "embedded:test"}, str(MODEL)).evaluation()[:8, :32]
+    shares = []
+    for model in (module.model, lowrank_lit.load(run_folder / "model", dtype="float32")):
+        torch.manual_seed(0)
+        mask = torch.ones_like(prompts)
+        written = model.generate(prompts, attention_mask=mask, max_new_tokens=48, do_sample=True)[:, prompts.shape[1] :]
+        shares.append(sum(len(set(row.tolist())) / len(row) for row in written) / len(written))
+    dense, compressed = shares
+    assert 0.8 * dense < compressed < 1.2 * dense  # measured 0.65 and 0.63
+
+
 def test_a_second_run_takes_the_compression_from_the_first(run_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = json.loads((run_folder / "record.json").read_text())
     assert main(["run", "quickstart", f"--trainer.default_root_dir={run_folder}", *SMALL]) == 0

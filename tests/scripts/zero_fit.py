@@ -10,6 +10,7 @@ batch, and what else was measured; where it fails, ``error-RANK.txt``.
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -254,6 +255,19 @@ def start(
     return job.returncode
 
 
+def write_error(path: Path, text: str) -> None:
+    """Write what a process has ended with; on a full disk once another process has cleared up behind itself."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            path.write_text(text)
+            return
+        except OSError as error:
+            if error.errno != errno.ENOSPC or time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
 def main(path: str) -> None:
     """Run the fits of a file."""
     torch.set_num_threads(1)
@@ -264,7 +278,7 @@ def main(path: str) -> None:
         try:
             fit(folder, **settings)
         except LowRankError as error:
-            (folder / f"error-{os.environ.get('RANK', '0')}.txt").write_text(str(error))
+            write_error(folder / f"error-{os.environ.get('RANK', '0')}.txt", str(error))
             if not fails:  # as it is to
                 raise
 
