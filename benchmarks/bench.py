@@ -28,7 +28,9 @@ def replaced(text: str, name: str, table: str) -> str:
     """
     pattern = re.compile(rf"(<!-- bench: {name} -->\n).*?(<!-- bench: end -->)", re.DOTALL)
     if len(pattern.findall(text)) != 1:
-        raise ValueError(f"{RESULTS.name} has no single part between `<!-- bench: {name} -->` and `<!-- bench: end -->`")
+        raise ValueError(
+            f"{RESULTS.name} has no single part between `<!-- bench: {name} -->` and `<!-- bench: end -->`"
+        )
     return pattern.sub(lambda found: f"{found[1]}{table.strip()}\n{found[2]}", text)
 
 
