@@ -1,7 +1,9 @@
 """What this machine can do, measured: the rate of matrix products, the bandwidth of memory, and times of routes that
 are compared.
 
-All times are wall clock of one process. Compared routes take turns, round by round, so that what else the machine does
+All times are of one process: by the wall clock, or its processor time, which with one thread is what the wall clock
+shows on a machine that does nothing else. Compared routes take turns, round by round, so that what else the machine
+does
 meets all of them; a ratio is the median of the ratios within the rounds.
 """
 
@@ -65,6 +67,7 @@ def interleaved(
     rounds: int = 5,
     warmup: int = 1,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Seconds of every route, run in turn: all of them once per round, in the same order.
 
@@ -73,16 +76,17 @@ def interleaved(
         rounds: That count, at least 1.
         warmup: Rounds before them.
         device: Whose work is waited for.
+        clock: ``time.perf_counter`` or, on the CPU with one thread, ``time.process_time``.
     """
     place = torch.device(device)
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     for number in range(warmup + rounds):
         for name, route in routes.items():
             synchronize(place)
-            started = time.perf_counter()
+            started = clock()
             result = route()
             synchronize(place)
-            spent = time.perf_counter() - started
+            spent = clock() - started
             del result
             if number >= warmup:
                 seconds[name].append(spent)
@@ -107,6 +111,7 @@ def gemm_rate(
     *,
     rounds: int = 5,
     device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> float:
     """Floating-point operations per second of a matrix product, the median of some; a product of ``(m, k)`` and
     ``(k, n)`` counts ``2 m k n``.
@@ -116,17 +121,24 @@ def gemm_rate(
         size: ``(m, k, n)``, or one number for all three.
         rounds: Products that count, after one that does not.
         device: Where.
+        clock: As in :func:`interleaved`.
     """
     rows, inner, columns = (size,) * 3 if isinstance(size, int) else size
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(rows, inner, generator=generator).to(device, kind)
     right = torch.randn(inner, columns, generator=generator).to(device, kind)
-    times = interleaved({"product": lambda: left @ right}, rounds=rounds, device=device)
+    times = interleaved({"product": lambda: left @ right}, rounds=rounds, device=device, clock=clock)
     return 2.0 * rows * inner * columns / times["product"].median
 
 
-def bandwidth(mebibytes: int = 256, *, rounds: int = 5, device: torch.device | str = "cpu") -> float:
+def bandwidth(
+    mebibytes: int = 256,
+    *,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Bytes per second of a copy between two pieces of memory, read and written bytes both counted.
 
     Args:
@@ -134,20 +146,27 @@ def bandwidth(mebibytes: int = 256, *, rounds: int = 5, device: torch.device | s
             cache that is shared by the whole host.
         rounds: Copies that count, after one that does not.
         device: Where.
+        clock: As in :func:`interleaved`.
     """
     source = torch.ones(mebibytes * 2**20 // 4, dtype=torch.float32, device=device)
     sink = torch.zeros_like(source)
-    times = interleaved({"copy": lambda: sink.copy_(source)}, rounds=rounds, device=device)
+    times = interleaved({"copy": lambda: sink.copy_(source)}, rounds=rounds, device=device, clock=clock)
     return 2.0 * source.nbytes / times["copy"].median
 
 
-def read_bandwidth(mebibytes: int = 256, *, rounds: int = 5, device: torch.device | str = "cpu") -> float:
+def read_bandwidth(
+    mebibytes: int = 256,
+    *,
+    rounds: int = 5,
+    device: torch.device | str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
+) -> float:
     """Bytes per second of reading alone, by a float32 product of a matrix and a vector, which is what decoding one
     token does; arguments as in :func:`bandwidth`."""
     columns = 4096
     matrix = torch.ones(mebibytes * 2**20 // 4 // columns, columns, dtype=torch.float32, device=device)
     vector = torch.ones(columns, device=device)
-    times = interleaved({"read": lambda: matrix @ vector}, rounds=rounds, device=device)
+    times = interleaved({"read": lambda: matrix @ vector}, rounds=rounds, device=device, clock=clock)
     return matrix.nbytes / times["read"].median
 
 
