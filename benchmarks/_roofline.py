@@ -3,8 +3,7 @@ are compared.
 
 All times are of one process: by the wall clock, or its processor time, which with one thread is what the wall clock
 shows on a machine that does nothing else. Compared routes take turns, round by round, so that what else the machine
-does
-meets all of them; a ratio is the median of the ratios within the rounds.
+does meets all of them; a ratio is the median of the ratios within the rounds.
 """
 
 from __future__ import annotations

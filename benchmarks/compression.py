@@ -43,6 +43,7 @@ from lowrank_lit.study import Study
 KEEP = 0.6
 EASY = {"preset": "unirank", "keep_ratio": KEEP}
 """The preset that needs no gradients: metric ``input``, ranks by energy and module importance."""
+PARTS = ("factoring", "whole", "asvd", "growth")
 STAGES = ("forward", "gram", "importance", "eigen", "spectrum", "allocation", "surgery", "other")
 
 
@@ -387,49 +388,63 @@ def table(result: dict[str, Any]) -> str:
         f"{about['processor']}, {about['threads']} threads, {result['clock']}, load {about['load'][0]} before and "
         f"{after['load'][0]} after, torch {about['torch']}. Products of 1024: {flops} GFLOP/s; copies "
         f"{rates['copy_bytes'] / 1e9:.0f} GB/s.",
-        "",
-        "| model, tokens | forward, s | its roofline, s | compress, s | compress / forward | compress / floor |",
-        "|---|---|---|---|---|---|",
     ]
-    for entry in result["whole"]:
+    for part, rows in (("whole", _whole), ("factoring", _factoring), ("asvd", _asvd), ("growth", _growth)):
+        if part in result:
+            lines += ["", *rows(result[part])]
+    return "\n".join(lines)
+
+
+def _whole(entries: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| model, tokens | forward, s | its roofline, s | compress, s | compress / forward | compress / floor |"
+    yield "|---|---|---|---|---|---|"
+    for entry in entries:
         times, size = entry["times"], entry["size"]
-        name = f"{size['blocks']} x {size['width']}, {entry['dtype']}, {entry['tokens']}"
-        lines.append(
-            f"| {name} | {_median(times['forward'])} | "
-            f"{entry['roofline_forward_seconds']:.1f} | {_median(times['compress'])} | "
-            f"{_spread(entry['ratio_to_forward'])} | {_spread(entry['ratio_to_floor'])} |"
-        )
-    lines += ["", "| stage, s | " + " | ".join(STAGES) + " |", "|---" * (len(STAGES) + 1) + "|"]
-    for entry in result["whole"]:
-        cells = (f"{entry['stages'][stage]:.2f}" for stage in STAGES)
-        lines.append(f"| {entry['dtype']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| matrix | ours, s | one eigh, s | textbook float32, s | x | textbook float64, s | x |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for entry in result["factoring"]:
+        cells = [
+            f"{size['blocks']} x {size['width']}, {entry['dtype']}, {entry['tokens']}",
+            _median(times["forward"]),
+            f"{entry['roofline_forward_seconds']:.1f}",
+            _median(times["compress"]),
+            _spread(entry["ratio_to_forward"]),
+            _spread(entry["ratio_to_floor"]),
+        ]
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield f"| seconds | {' | '.join(STAGES)} |"
+    yield "|---" * (len(STAGES) + 1) + "|"
+    for entry in entries:
+        yield f"| {entry['dtype']} | " + " | ".join(f"{entry['stages'][stage]:.2f}" for stage in STAGES) + " |"
+
+
+def _factoring(entries: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| matrix | ours, s | its eigh, s | textbook float32, s | x | textbook float64, s | x |"
+    yield "|---|---|---|---|---|---|---|"
+    for entry in entries:
         times, ratios = entry["times"], entry["ratios"]
         shape = entry["shape"] if isinstance(entry["shape"], str) else " x ".join(map(str, entry["shape"]))
         cells = [shape, _median(times["ours"]), _median(times["eigen"])]
         for name in ("textbook float32", "textbook float64"):
             cells += [_median(times[name]), _spread(ratios[name])] if name in times else ["", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    book, preset, size = (result["asvd"][name] for name in ("asvd", "preset", "size"))
-    lines += [
-        "",
+        yield f"| {' | '.join(cells)} |"
+
+
+def _asvd(entry: dict[str, Any]) -> Iterator[str]:
+    book, preset, size = (entry[name] for name in ("asvd", "preset", "size"))
+    yield (
         f"ASVD's route on {size['blocks']} blocks of width {size['width']}, {size['sequences']} x {size['length']} "
-        f"tokens: {book['seconds']:.1f} s and {book['forward_passes']:.0f} forward passes, the preset's "
-        f"{preset['seconds']:.1f} s and {preset['forward_passes']:.0f}: {book['seconds'] / preset['seconds']:.0f} x.",
-        "",
-        "| along | points | " + " | ".join(next(iter(result["growth"].values()))["exponents"]) + " |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for along, entry in result["growth"].items():
+        f"tokens: {book['seconds']:.1f} s and {book['forward_passes']:.0f} forward passes; the preset's "
+        f"{preset['seconds']:.1f} s and {preset['forward_passes']:.0f}: {book['seconds'] / preset['seconds']:.0f} x."
+    )
+
+
+def _growth(found: dict[str, Any]) -> Iterator[str]:
+    names = list(next(iter(found.values()))["exponents"])
+    yield f"| exponent along | points | {' | '.join(names)} |"
+    yield "|---" * (len(names) + 2) + "|"
+    for along, entry in found.items():
         points = ", ".join(str(row[along]) for row in entry["rows"])
         powers = ("" if value is None else f"{value:.2f}" for value in entry["exponents"].values())
-        lines.append(f"| {along} | {points} | {' | '.join(powers)} |")
-    return "\n".join(lines)
+        yield f"| {along} | {points} | {' | '.join(powers)} |"
 
 
 def _median(times: dict[str, float]) -> str:
@@ -440,44 +455,47 @@ def _spread(values: dict[str, float]) -> str:
     return f"{values['median']:.2f} ({values['least']:.2f} to {values['largest']:.2f})"
 
 
-def measure(smoke: bool, threads: int) -> dict[str, Any]:
-    """All of it."""
-    torch.set_num_threads(threads)
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """The parts that were asked for."""
+    torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    smoke, rounds = options.smoke, 1 if options.smoke else options.rounds
     tiny = Size(64, 160, 2, 8, 64, 4, 4)
-    size = tiny if smoke else Size()
+    size = tiny if smoke else Size(sequences=options.sequences)
     small = tiny if smoke else Size(512, 1376, 2, 8, 512, 4, 8)
-    rounds = 1 if smoke else 3
-    shapes = [(64, 64), (160, 64), (64, 160)] if smoke else [(1024, 1024), (2752, 1024), (1024, 2752)]
+    kinds = ("float64", "float32", "bfloat16")
     result: dict[str, Any] = {
         "machine": machine(),
         "clock": "wall clock" if Clock.now is time.perf_counter else "processor time",
         "smoke": smoke,
         "rates": {
-            "gemm_flops": {
-                name: gemm_rate(name, 128 if smoke else 1024, clock=Clock.now)
-                for name in ("float64", "float32", "bfloat16")
-            },
+            "gemm_flops": {name: gemm_rate(name, 128 if smoke else 1024, clock=Clock.now) for name in kinds},
             "copy_bytes": bandwidth(16 if smoke else 256, clock=Clock.now),
         },
     }
-    result["factoring"] = [factoring(*shape, rounds) for shape in shapes]
-    if not smoke:
-        result["factoring"].append(factoring(2048, 5504, 1, double=False))
-    result["factoring"].append(block_factoring(size, rounds))
-    result["whole"] = [whole(size, "float32", rounds)]
-    half = Size(**{**vars(size), "sequences": size.sequences // 4})  # bfloat16 is the slower one where it is emulated
-    result["whole"].append(whole(half, "bfloat16", 1))
-    result["asvd"] = asvd(tiny if smoke else Size(256, 688, 2, 16, 256, 4, 4))
-    wide = [64, 128] if smoke else [256, 512, 1024]
-    result["growth"] = growth(
-        {
-            "tokens": [Size(**{**vars(small), "sequences": count}) for count in ((4, 8) if smoke else (4, 8, 16, 32))],
-            "width": [Size(**{**vars(small), "width": w, "inside": w * 43 // 16, "heads": w // 16}) for w in wide],
-            "depth": [Size(**{**vars(small), "blocks": count}) for count in ((2, 3) if smoke else (2, 4, 8))],
-        },
-        1,
-    )
+    if "factoring" in options.parts:
+        shapes = [(64, 64), (160, 64), (64, 160)] if smoke else [(1024, 1024), (2752, 1024), (1024, 2752)]
+        result["factoring"] = [factoring(*shape, rounds) for shape in shapes]
+        if not smoke:
+            result["factoring"].append(factoring(2048, 5504, 1, double=False))
+        result["factoring"].append(block_factoring(size, rounds))
+    if "whole" in options.parts:
+        result["whole"] = [whole(size, "float32", rounds)]
+        half = Size(**{**vars(size), "sequences": size.sequences // 4})  # slow where bfloat16 is emulated
+        result["whole"].append(whole(half, "bfloat16", 1))
+    if "asvd" in options.parts:
+        result["asvd"] = asvd(tiny if smoke else Size(256, 688, 2, 16, 256, 4, 4))
+    if "growth" in options.parts:
+        wide = [64, 128] if smoke else [256, 512, 1024]
+        counts, depths = ((4, 8), (2, 3)) if smoke else ((4, 8, 16, 32), (2, 4, 8))
+        result["growth"] = growth(
+            {
+                "tokens": [Size(**{**vars(small), "sequences": count}) for count in counts],
+                "width": [Size(**{**vars(small), "width": w, "inside": w * 43 // 16, "heads": w // 16}) for w in wide],
+                "depth": [Size(**{**vars(small), "blocks": count}) for count in depths],
+            },
+            1,
+        )
     result["machine_after"] = machine()
     return result
 
@@ -487,6 +505,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processor-time", action="store_true", help="on a busy machine, with --threads 1")
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sequences", type=int, default=64, help="of 512 tokens, of the calibration of a whole model")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that it runs")
     parser.add_argument("--out", default="runs/compression.json", help="file to write")
     parser.add_argument("--table", action="store_true", help="print Markdown")
@@ -499,7 +520,7 @@ def main() -> None:
     else:
         if options.processor_time:
             Clock.now = staticmethod(time.process_time)
-        result = measure(options.smoke, options.threads)
+        result = measure(options)
         Path(options.out).parent.mkdir(parents=True, exist_ok=True)
         Path(options.out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(table(result) if options.table else json.dumps(result))

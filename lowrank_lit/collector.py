@@ -156,12 +156,10 @@ class Collector:
             self._awaited.remove(name)
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 x, weight, mask = args[0], self.weight_of(layer).detach(), routed_mask(self.mask)
-                if _is_product(output, layer, x, weight):
-                    self._sums[name].add_outputs(real_tokens(output, mask))
-                    return
+                own = _is_product(output, layer, x, weight)
                 with full_float32():
-                    tokens = widen(real_tokens(x, mask))
-                    self._sums[name].add_outputs(tokens @ weight.to(tokens).mT)
+                    tokens = widen(real_tokens(output if own else x, mask))
+                    self._sums[name].add_outputs(tokens if own else tokens @ weight.to(tokens).mT)
 
         return hook
 

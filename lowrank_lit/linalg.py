@@ -114,6 +114,7 @@ def lower_root(moment: Tensor) -> Tensor:
     Args:
         moment: Symmetric positive semi-definite up to rounding ``(d, d)``.
     """
+    root: Tensor
     root, failed = torch.linalg.cholesky_ex(moment)
     if int(failed) == 0:
         return root
@@ -218,7 +219,8 @@ def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     """Balanced factors of the same product: ``outer = U S^1/2``, ``inner = S^1/2 V^T`` with ``outer inner = U S V^T``.
 
     Both factors then have the same singular values, which keeps half-precision storage in range, and adapters on the
-    two factors equally conditioned. A QR of each factor and one small SVD; the large product is never decomposed.
+    two factors equally conditioned. Gram matrices of the factors and one small eigendecomposition, or where these would
+    lose digits a QR of each factor and one small SVD; the large product is never decomposed.
     Components of very different scales on the two sides lose nothing: their norms are made equal first.
 
     Args:

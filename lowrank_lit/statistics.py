@@ -8,7 +8,7 @@ next to the massive activations of some layers, and would square small gradients
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -35,11 +35,16 @@ def check_moments(moments: frozenset[str]) -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products without the TF32 or bfloat16 shortcuts that a user may have allowed for training."""
+    """Float32 products without the TF32 or bfloat16 shortcuts, or the autocast, that a user may have allowed for
+    training."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.set_float32_matmul_precision(chosen)
 
