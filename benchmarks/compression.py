@@ -31,7 +31,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowrank_lit.collection
+import lowrank_lit.linalg
 import lowrank_lit.residual
+import lowrank_lit.spectrum
 import lowrank_lit.study
 from lowrank_lit import compress
 from lowrank_lit.linalg import add_gram, damp
@@ -43,7 +45,8 @@ from lowrank_lit.study import Study
 KEEP = 0.6
 EASY = {"preset": "unirank", "keep_ratio": KEEP}
 """The preset that needs no gradients: metric ``input``, ranks by energy and module importance."""
-PARTS = ("factoring", "whole", "asvd", "growth")
+PARTS = ("factoring", "whole", "bfloat16", "asvd", "growth")
+_PAIRS = (("float32", "ours"), ("float64", "ours"), ("float32", "ours float32"))
 STAGES = ("forward", "gram", "importance", "eigen", "spectrum", "allocation", "surgery", "other")
 
 
@@ -249,6 +252,14 @@ def ours(weight: Tensor, statistics: LayerStatistics, rank: int) -> tuple[Tensor
     return spectrum.to("cpu", torch.float32, components=components).factors(weight, rank)
 
 
+def ours_in_float32(weight: Tensor, statistics: LayerStatistics, rank: int) -> tuple[Tensor, Tensor]:
+    """The same with nothing in float64, as on a device that has none."""
+    with ExitStack() as stack:
+        for module in (lowrank_lit.linalg, lowrank_lit.spectrum):
+            stack.enter_context(patch.object(module, "to_double", Tensor.float))
+        return ours(weight, statistics, rank)
+
+
 def matrix(rows: int, columns: int, seed: int) -> tuple[Tensor, LayerStatistics]:
     """A random weight, with the statistics that a calibration keeps of it on the smaller side."""
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) / math.sqrt(columns)
@@ -279,10 +290,11 @@ def factoring(rows: int, columns: int, rounds: int, *, double: bool = True) -> d
 
     routes: dict[str, Callable[[], object]] = {
         "ours": lambda: ours(weight, known, rank),
-        "eigen": lambda: torch.linalg.eigh(random[0]),
+        "ours float32": lambda: ours_in_float32(weight, known, rank),
+        "eigen": lambda: torch.linalg.eigh(small),
         "textbook float32": by_book(torch.float32),
     }
-    random = [random_moment(min(rows, columns))]
+    small = random_moment(min(rows, columns))
     if double:
         routes["textbook float64"] = by_book(torch.float64)
     times = interleaved(routes, rounds=rounds, warmup=0 if rows * columns > 5e6 else 1, clock=Clock.now)
@@ -304,14 +316,15 @@ def block_factoring(size: Size, rounds: int) -> dict[str, Any]:
             for weight in weights[name]:
                 textbook(weight.to(dtype), *pair, rank_of(*weight.shape))
 
-    def by_us() -> None:
+    def by_us(route: Callable[..., object]) -> None:
         for name, found in known.items():
             for weight, entry in zip(weights[name], found, strict=True):
-                ours(weight, entry, rank_of(*weight.shape))
+                route(weight, entry, rank_of(*weight.shape))
 
     times = interleaved(
         {
-            "ours": by_us,
+            "ours": lambda: by_us(ours),
+            "ours float32": lambda: by_us(ours_in_float32),
             "eigen": eigen_floor(size),
             "textbook float32": lambda: by_book(torch.float32),
             "textbook float64": lambda: by_book(torch.float64),
@@ -326,7 +339,12 @@ def block_factoring(size: Size, rounds: int) -> dict[str, Any]:
 def _against(times: dict[str, Timing]) -> dict[str, Any]:
     return {
         "times": {name: value.summary() for name, value in times.items()},
-        "ratios": {name: ratio(value, times["ours"]).summary() for name, value in times.items() if name != "ours"},
+        "ratios": {
+            f"{name} / {own}": ratio(times[name], times[own]).summary()
+            for own in ("ours", "ours float32")
+            for name in times
+            if name.startswith("textbook")
+        },
     }
 
 
@@ -389,7 +407,8 @@ def table(result: dict[str, Any]) -> str:
         f"{after['load'][0]} after, torch {about['torch']}. Products of 1024: {flops} GFLOP/s; copies "
         f"{rates['copy_bytes'] / 1e9:.0f} GB/s.",
     ]
-    for part, rows in (("whole", _whole), ("factoring", _factoring), ("asvd", _asvd), ("growth", _growth)):
+    rows_of = {"whole": _whole, "bfloat16": _whole, "factoring": _factoring, "asvd": _asvd, "growth": _growth}
+    for part, rows in rows_of.items():
         if part in result:
             lines += ["", *rows(result[part])]
     return "\n".join(lines)
@@ -417,14 +436,15 @@ def _whole(entries: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def _factoring(entries: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| matrix | ours, s | its eigh, s | textbook float32, s | x | textbook float64, s | x |"
-    yield "|---|---|---|---|---|---|---|"
+    names = ("ours", "ours float32", "eigen", "textbook float32", "textbook float64")
+    pairs = [f"textbook {kind} / {own}" for kind, own in _PAIRS]
+    yield f"| seconds | {' | '.join(names)} | {' | '.join(pairs)} |"
+    yield "|---" * (len(names) + len(pairs) + 1) + "|"
     for entry in entries:
         times, ratios = entry["times"], entry["ratios"]
         shape = entry["shape"] if isinstance(entry["shape"], str) else " x ".join(map(str, entry["shape"]))
-        cells = [shape, _median(times["ours"]), _median(times["eigen"])]
-        for name in ("textbook float32", "textbook float64"):
-            cells += [_median(times[name]), _spread(ratios[name])] if name in times else ["", ""]
+        cells = [shape, *(_median(times[name]) if name in times else "" for name in names)]
+        cells += [_spread(ratios[pair]) if pair in ratios else "" for pair in pairs]
         yield f"| {' | '.join(cells)} |"
 
 
@@ -448,7 +468,7 @@ def _growth(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _median(times: dict[str, float]) -> str:
-    return f"{times['median']:.2f}"
+    return f"{times['median']:.3g}"
 
 
 def _spread(values: dict[str, float]) -> str:
@@ -481,8 +501,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result["factoring"].append(block_factoring(size, rounds))
     if "whole" in options.parts:
         result["whole"] = [whole(size, "float32", rounds)]
+    if "bfloat16" in options.parts:
         half = Size(**{**vars(size), "sequences": size.sequences // 4})  # slow where bfloat16 is emulated
-        result["whole"].append(whole(half, "bfloat16", 1))
+        result["bfloat16"] = [whole(half, "bfloat16", 1)]
     if "asvd" in options.parts:
         result["asvd"] = asvd(tiny if smoke else Size(256, 688, 2, 16, 256, 4, 4))
     if "growth" in options.parts:
