@@ -65,7 +65,9 @@ def add_gram(total: Tensor, left: Tensor, right: Tensor | None = None) -> None:
 
 def mirrored(lower: Tensor) -> Tensor:
     """The symmetric matrix with this lower triangle, ``(d, d)``."""
-    return lower.tril() + lower.tril(-1).mT
+    whole = lower.tril()
+    whole += whole.tril(-1).mT
+    return whole
 
 
 def symmetric_product(left: Tensor, right: Tensor | None = None) -> Tensor:
