@@ -21,13 +21,16 @@ from torch import Tensor
 
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.linalg import (
+    add_gram,
     balance,
     damp,
     dual_roots,
     equalise,
     floor_weights,
     left_singular,
+    lower_eigen,
     lower_root,
+    mirrored,
     require_finite,
     symmetric_eigen,
     symmetric_product,
@@ -244,7 +247,7 @@ def _one_sided(source: _Source, damping: float, alpha: float) -> Spectrum:
     weight = source.weight
     rows, columns = weight.shape
     if source.metric == "input" and rows <= columns:
-        energy, left = symmetric_eigen(_output_moment(source, damping), source.components)
+        energy, left = lower_eigen(_output_moment(source, damping), source.components)
         return Spectrum(energy.sqrt(), left)
     if source.metric == "activation_scale":
         scaled = weight * floor_weights(source.moment("input_magnitude", "magnitude", columns), damping).pow(alpha)
@@ -285,7 +288,7 @@ def _two_sided(source: _Source, damping: float, shrinkage: float) -> Spectrum:
     rows, columns = weight.shape
     if rows <= columns:
         small = damp(source.moment("gradient_moment", "gradient", rows), shrinkage)
-        gram = _output_moment(source, damping)
+        gram = mirrored(_output_moment(source, damping))
     else:
         small = damp(source.moment("input_moment", "input", columns), damping)
         gram = _pulled_moment(source, shrinkage)
@@ -300,17 +303,20 @@ def _two_sided(source: _Source, damping: float, shrinkage: float) -> Spectrum:
 
 
 def _output_moment(source: _Source, damping: float) -> Tensor:
-    """``W R W^T`` of the damped ``R``, ``(rows, rows)``, from either moment; both give the same."""
+    """``W R W^T`` of the damped ``R``, ``(rows, rows)``, from either moment; both give the same. Its lower triangle:
+    what is above it has no meaning."""
     weight, statistics = source.weight, source.statistics
     rows, columns = weight.shape
     if statistics.output_moment is None:
         products = weight @ damp(source.moment("input_moment", "input", columns), damping)
-        return symmetric_product(weight.mT, products.mT)
+        total = weight.new_zeros(rows, rows)
+        add_gram(total, weight.mT, products.mT)
+        return total
     # The damping of R, carried to the outputs: W (mean I) W^T with mean = tr(R) / columns.
     mean = statistics.input_energy / columns
-    return (1 - damping) * source.moment("output_moment", "input", rows) + (damping * mean) * symmetric_product(
-        weight.mT
-    )
+    total = (1 - damping) * source.moment("output_moment", "input", rows)
+    add_gram(total, (damping * mean) * weight.mT, weight.mT)
+    return total
 
 
 def _pulled_moment(source: _Source, shrinkage: float) -> Tensor:
