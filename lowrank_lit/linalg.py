@@ -140,7 +140,7 @@ def orthonormalise(columns: Tensor) -> Tensor:
     r)``, ``r <= d``.
 
     Columns that are orthogonal but for rounding and their lengths, as those of a singular value decomposition are, take
-    a Cholesky decomposition of their Gram matrix, three times faster than the Householder QR that all others take.
+    a Cholesky decomposition of their Gram matrix, several times faster than the Householder QR that all others take.
     """
     lengths = _lengths(columns)
     if bool((lengths > 0).all()):
@@ -177,7 +177,7 @@ def floor_weights(weights: Tensor, share: float) -> Tensor:
 def left_singular(matrix: Tensor, components: int | None = None) -> tuple[Tensor, Tensor]:
     """Singular values and left singular vectors by an eigendecomposition of the smaller Gram matrix.
 
-    Two to five times faster than an SVD on a CPU. Squaring costs no accuracy where it counts: the vectors
+    One and a half to four times faster than an SVD on a CPU. Squaring costs no accuracy where it counts: the vectors
     are orthonormal to rounding, and the values are taken as the lengths ``||u_i^T M||`` (wide) or ``||M v_i||`` (tall)
     rather than as roots of the Gram matrix's eigenvalues, so that zero comes out as rounding, ``eps s_1``, where those
     roots would give ``sqrt(eps) s_1``.
