@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# One, for the workers of pytest-xdist share the cores: with two threads each, they wait for one another most of the time.
-THREADS = int(os.environ.get("LOWRANK_LIT_TEST_THREADS", "1"))
+THREADS = int(os.environ.get("LOWRANK_LIT_TEST_THREADS", "2"))
 # Set by pytest, torch or Lightning in the course of normal work, not by a test that forgot to clean up.
 EXPECTED_CHANGES = {
     "PYTEST_CURRENT_TEST",
