@@ -31,6 +31,7 @@ from lowrank_lit.statistics import (
     full_float32,
     real_tokens,
     stored_statistics,
+    widen,
 )
 from lowrank_lit.streaming import (
     Batch,
@@ -99,6 +100,8 @@ class Collector:
         # Layers fed the same tensor share one sum; the first of them that is called owns it.
         self._owner: dict[str, str] = {}
         self._last: tuple[Tensor, str] | None = None
+        # Layers whose inputs were added, and whose outputs are to follow.
+        self._awaited: set[str] = set()
 
     def count(self, batch: Batch) -> None:
         """Count the tokens of a batch, padding left out."""
@@ -110,6 +113,8 @@ class Collector:
         with ExitStack() as hooks:
             for name, layer in layers.items() if self.moments else ():
                 hooks.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+                # Before any hook of the model's own, which may change what the layer computed.
+                hooks.callback(layer.register_forward_hook(self._output_hook(name), prepend=True).remove)
             if self.gradients is not None:  # after the inputs' hooks, which are to see what the model hands over
                 hooks.enter_context(self.gradients.on(layers))
             yield
@@ -132,6 +137,7 @@ class Collector:
         finally:
             self._in_forward = False
             self._last = None
+            self._awaited.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -140,6 +146,20 @@ class Collector:
             if self._in_forward:
                 with torch._C.DisableTorchFunction(), torch.no_grad(), full_float32():
                     self._add(name, layer, args[0])
+
+        return hook
+
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if name not in self._awaited:
+                return
+            self._awaited.remove(name)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                x, weight, mask = args[0], self.weight_of(layer).detach(), routed_mask(self.mask)
+                own = _is_product(output, layer, x, weight)
+                with full_float32():
+                    tokens = widen(real_tokens(output if own else x, mask))
+                    self._sums[name].add_outputs(tokens if own else tokens @ weight.to(tokens).mT)
 
         return hook
 
@@ -153,7 +173,9 @@ class Collector:
         if name not in self._sums:
             self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
         sums, tokens = self._sums[name], real_tokens(x, routed_mask(self.mask))
-        sums.add(tokens, lambda: self.weight_of(layer).detach())
+        sums.add(tokens)
+        if sums.outputs is not None:
+            self._awaited.add(name)
         if sums.outputs is None:  # a moment of the outputs is the layer's own
             self._last = (x, name)
         elif name in self.sides and self.sides[name][1] == "up":
@@ -270,6 +292,21 @@ class Collector:
                 f"('{few[0]}': {results[few[0]].tokens}); their statistics lean on those of all experts",
             )
         return Calibration(results, importance, self.tokens, mode, notes)
+
+
+def _is_product(output: Tensor, layer: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Whether what the layer computed is ``W x`` as the statistics would compute it once more: of the weight that is
+    asked for, without a bias, in float32 or wider and without shortcuts all along. A half-precision layer's own output
+    is rounded."""
+    own = getattr(layer, "weight", None)
+    return (
+        isinstance(own, Tensor)
+        and own.data_ptr() == weight.data_ptr()
+        and getattr(layer, "bias", None) is None
+        and output.dtype == x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and (x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest")
+    )
 
 
 def _unreached(name: str) -> DataError:
