@@ -244,6 +244,10 @@ def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
         outer: ``(rows, rank)``.
         inner: ``(rank, columns)``.
     """
+    outer, inner = equalise(outer, inner)
+    found = _balanced_by_gram(outer, inner)
+    if found is not None:
+        return found
     left, u, s, vh, right = _thin_parts(outer, inner)
     root = s.sqrt()
     return left @ (u * root), (root[:, None] * vh) @ right.mT
@@ -261,16 +265,12 @@ def factored_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ``U`` ``(rows, rank)``, ``s`` ``(rank,)``, largest first, and ``V`` ``(columns, rank)``. Where the product has a
         lower rank, the vectors of its zeros complete orthonormal sets.
     """
-    left, u, s, vh, right = _thin_parts(outer, inner)
+    left, u, s, vh, right = _thin_parts(*equalise(outer, inner))
     return left @ u, s, right @ vh.mT
 
 
 def _thin_parts(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``outer inner = left (u diag(s) vh) right^T`` with orthonormal columns of ``left`` and ``right``."""
-    outer, inner = equalise(outer, inner)
-    found = _balanced_by_gram(outer, inner)
-    if found is not None:
-        return found
     left, left_triangle = torch.linalg.qr(outer)
     right, right_triangle = torch.linalg.qr(inner.mT)
     u, s, vh = torch.linalg.svd(left_triangle @ right_triangle.mT, full_matrices=False)
