@@ -23,6 +23,7 @@ from lowrank_lit.plan import MatrixPlan, RankPlan
 _LAZY = {
     "LowRankModule": "lowrank_lit.module",
     "TextDataModule": "lowrank_lit.data",
+    "accelerate": "lowrank_lit.acceleration",
     "add_adapters": "lowrank_lit.recovery",
     "export": "lowrank_lit.hub",
     "load": "lowrank_lit.hub",
@@ -49,6 +50,7 @@ __all__ = [
     "RankPlan",
     "TextDataModule",
     "__version__",
+    "accelerate",
     "add_adapters",
     "compress",
     "dequantize_model",
