@@ -226,7 +226,7 @@ def model_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def kept_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes of activations that a forward keeps for its backward."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
