@@ -33,6 +33,12 @@ FORMS = ("factored", "stacked", "pivot", "pivot stacked")
 PROMPT = 128
 
 
+def normed(x: Tensor) -> Tensor:
+    """``x`` of unit size: through a row of random layers it would shrink until it is no normal number any more, and
+    products of those take many times as long."""
+    return x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
 class Linears(nn.Module):
     """The linear layers of a Llama block, and no more between them than joins them."""
 
@@ -47,7 +53,8 @@ class Linears(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
-        y = self.o(self.q(x).add_(self.k(x)).add_(self.v(x)))
+        x = normed(x)
+        y = normed(self.o(self.q(x).add_(self.k(x)).add_(self.v(x))))
         result: Tensor = self.down(self.gate(y).mul_(self.up(y)))
         return result
 
@@ -245,7 +252,8 @@ class Trained(Linears):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., width) to (..., width)."""
-        y = self.o(self.q(x) + self.k(x) + self.v(x))
+        x = normed(x)
+        y = normed(self.o(self.q(x) + self.k(x) + self.v(x)))
         result: Tensor = self.down(self.gate(y) * self.up(y))
         return result
 

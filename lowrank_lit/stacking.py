@@ -27,6 +27,9 @@ class Member(Protocol):
     _modules: dict[str, nn.Module | None]
 
 
+FEW = 32
+"""Tokens below which layers on a CPU compute alone: joining the products gains less there than it costs."""
+
 _stacks: weakref.WeakValueDictionary[int, InnerStack] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -46,7 +49,9 @@ class Part:
         """Whether the inner layer is the one that was stacked, and no more than its weight."""
         # Not by attribute, which takes as long as a small product's launch.
         inner = self.layer._modules["inner"]
-        return inner is self.inner and is_plain(inner) and inner._parameters["weight"] is self.stack.weights[self.number]
+        return (
+            inner is self.inner and is_plain(inner) and inner._parameters["weight"] is self.stack.weights[self.number]
+        )
 
     def product(self, layer: Member, x: Tensor) -> Tensor:
         """``inner x``, (..., rank): the layer's part of the group's product, or a product of its own.
@@ -55,7 +60,9 @@ class Part:
             layer: That holds this part; a replica of the one that it was made for (``DataParallel``) computes alone.
             x: (..., columns).
         """
-        result = self.stack.take(self.number, x) if layer is self.layer and self.holds() else None
+        few = x.is_cpu and x.numel() < FEW * x.shape[-1] and not torch.compiler.is_compiling()
+        joined = not few and layer is self.layer and self.holds()
+        result = self.stack.take(self.number, x) if joined else None
         if result is None:
             result = layer.inner(x)
         return result
@@ -75,8 +82,8 @@ class InnerStack:
     def __init__(self, layers: Sequence[Member]) -> None:
         self.weights = tuple(layer.inner.weight for layer in layers)
         self.whole: Tensor | None = None
-        # What layers are still to take: the tensor, what must not change meanwhile, and the parts that are left.
-        self.held: tuple[Tensor, tuple[object, ...], dict[int, Tensor]] | None = None
+        # What layers are still to take: the tensor, and by layer what must not change meanwhile and its part.
+        self.held: tuple[Tensor, dict[int, tuple[tuple[object, ...], Tensor]]] | None = None
         self.number = next(_numbers)
         self._addresses: tuple[int, ...] = ()
         _stacks[self.number] = self
@@ -142,20 +149,21 @@ class InnerStack:
 
     def take(self, number: int, x: Tensor) -> Tensor | None:
         """The part of a layer, by its place, of the product with ``x``; None where the layer has to compute alone."""
-        held, state = self.held, self._state(x)
-        if held is None or held[0] is not x or number not in held[2] or held[1] != state:
-            if not self._usable() or self.whole is None:
+        held = self.held
+        if held is not None and held[0] is x and number in held[1]:
+            state, part = held[1].pop(number)
+            if not held[1]:
                 self.held = None
-                return None
-            parts = stacked(x, self.whole, self.weights)
-            # For those behind it alone: what one before it left is of an earlier forward, with another backward.
-            left = {later: parts[later] for later in range(number + 1, len(parts))}
-            self.held = (x, state, left) if left else None
-            return parts[number]
-        part = held[2].pop(number)
-        if not held[2]:
+            if state == self._state(number, x):
+                return part
+        if not self._usable() or self.whole is None:
             self.held = None
-        return part
+            return None
+        parts = stacked(x, self.whole, self.weights)
+        # For those behind it alone: what one before it left is of an earlier forward, with another backward.
+        left = {later: (self._state(later, x), parts[later]) for later in range(number + 1, len(parts))}
+        self.held = (x, left) if left else None
+        return parts[number]
 
     def _usable(self) -> bool:
         for part in self.parts:
@@ -164,12 +172,12 @@ class InnerStack:
         # What is compiled asks once, while it is traced: a graph cannot read an address.
         return _lies_together(self.number) if torch.compiler.is_compiling() else self.lies_together()
 
-    def _state(self, x: Tensor) -> tuple[object, ...]:
-        """What must not change while a product waits to be taken: how it is differentiated, and what it was made of."""
+    def _state(self, number: int, x: Tensor) -> tuple[object, ...]:
+        """What must not change while a part waits to be taken: how it is differentiated, and what it was made of."""
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         if torch.compiler.is_compiling() or x.is_inference():
             return modes
-        return (*modes, x._version, *[weight._version for weight in self.weights])
+        return (*modes, x._version, self.weights[number]._version)
 
 
 def _lies_together(number: int) -> bool:
