@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,28 @@ def reformed(model: nn.Module, form: str, keep: float, quantum: int) -> nn.Modul
         rank = rank_for(target.rows, target.columns, keep, pivot, quantum)
         weight = target.module.weight
         layer = kind(target.columns, target.rows, rank, bias=False, device=weight.device, dtype=weight.dtype)
-        if isinstance(layer, PivotLinear):
+        if isinstance(layer, PivotLinear) and not weight.is_meta:
             layer.positions.copy_(torch.randperm(target.rows))
         replace_module(model, target, layer)
     return model
+
+
+def blocks(
+    width: int, count: int, dtype: torch.dtype, form: str = "dense", keep: float = 1.0, quantum: int = 1
+) -> Blocks:
+    """Blocks in a form, filled with numbers of the size of weights: one piece of noise serves all, for it is fast."""
+    with torch.device("meta"):
+        model: nn.Module = Blocks(*(Linears(width, dtype=dtype) for _ in range(count)))
+        if form != "dense":
+            model = reformed(model, form, keep, quantum)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        noise = torch.randn(max(parameter.numel() for parameter in model.parameters())).to(dtype)
+        for parameter in model.parameters():
+            torch.mul(noise[: parameter.numel()].view_as(parameter), parameter.shape[-1] ** -0.5, out=parameter)
+        for buffer in model.buffers():
+            buffer.copy_(torch.randperm(len(buffer)))
+    return model  # type: ignore[return-value]
 
 
 def stacked(model: nn.Module, form: str, inputs: dict[str, Tensor]) -> nn.Module:
@@ -152,20 +171,23 @@ def layers_rows(options: argparse.Namespace, limits: Machine) -> list[dict[str, 
     rows = []
     for dtype in options.dtypes:
         for width in options.widths:
-            one = Linears(width, dtype=DTYPES[dtype])
+            one = blocks(width, 1, DTYPES[dtype])
             count = max(1, -(-options.mebibytes * 2**20 // stored_bytes(one)))
             few = max(1, min(count, options.prefill_numbers // numbers(one)))
-            dense = Blocks(*(Linears(width, dtype=DTYPES[dtype]) for _ in range(count)))
+            dense = blocks(width, count, DTYPES[dtype])
             probe = torch.randn(1, 1, width).to(DTYPES[dtype])
             for keep in options.keeps:
                 models: dict[str, nn.Module] = {"dense": dense}
                 for form in FORMS:
-                    models[form] = stacked(reformed(dense, form, keep, options.quantum), form, {"x": probe})
+                    model = blocks(width, count, DTYPES[dtype], form, keep, options.quantum)
+                    models[form] = stacked(model, form, {"x": probe})
+                heads = {name: Blocks(*list(model)[:few]) for name, model in models.items()}  # type: ignore[call-overload]
                 what = {"width": width, "dtype": dtype, "keep": keep}
                 for batch in options.batches:
                     x = torch.randn(batch, 1, width).to(DTYPES[dtype])
-                    rows += compare(models, x, limits, options, kind="decode", layers=count, **what)
-                heads = {name: Blocks(*list(model)[:few]) for name, model in models.items()}  # type: ignore[call-overload]
+                    # With more tokens it is arithmetic that takes the time, and fewer layers tell as much.
+                    chosen, layers = (models, count) if batch < 16 else (heads, few)
+                    rows += compare(chosen, x, limits, options, kind="decode", layers=layers, **what)
                 x = torch.randn(1, PROMPT, width).to(DTYPES[dtype])
                 rows += compare(heads, x, limits, options, kind="prefill", layers=few, **what)
                 print(dtype, width, keep, flush=True)
@@ -310,7 +332,7 @@ def memory_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
         plan = lowrank_lit.compress(dense, [batch], keep_ratio=0.6, **settings).plan
         lowrank_lit.export(dense, plan, f"{folder}/factored")
         del dense
-        for form in ("dense", "factored", "stacked"):
+        for form in ("stacked",) if options.smoke else ("dense", "factored", "stacked"):
             path = f"{folder}/{'dense' if form == 'dense' else 'factored'}"
             command = [sys.executable, __file__, "--memory-case", form, path, "--threads", str(options.threads)]
             ran = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -345,8 +367,9 @@ def table(found: dict[str, Any]) -> str:
     limits = found["machine"]
     rates = ", ".join(f"{value / 1e9:.0f} GFLOP/s in {name}" for name, value in found["rates"].items())
     lines = [
-        f"{limits['processor']}, {found['threads']} thread(s), torch {limits['torch']}, load {limits['load'][0]}; "
-        f"products of {found['size']}: {rates}; reading {found['read'] / 1e9:.1f} GB/s. No GPU measured.",
+        f"{limits['processor']}, {found['threads']} thread(s), {found['clock']}, torch {limits['torch']}, "
+        f"load {limits['load'][0]}; products of {found['size']}: {rates}; reading {found['read'] / 1e9:.1f} GB/s. "
+        "No GPU measured.",
     ]
     for kind, title in (
         ("prefill", f"Linear layers, {PROMPT} tokens at once"),
@@ -405,9 +428,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="print the tables of the output")
     parser.add_argument("--smoke", action="store_true", help="everything once, at small sizes; writes nothing")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count the processor time of the thread, for a machine that others use as well; with one thread",
+    )
     parser.add_argument("--quantum", type=int, default=8, help="ranks are multiples of it")
-    parser.add_argument("--mebibytes", type=int, default=640, help="of the dense weights that decoding reads")
+    parser.add_argument("--mebibytes", type=int, default=512, help="of the dense weights that decoding reads")
     parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048, 4096])
     parser.add_argument("--keeps", type=float, nargs="+", default=[0.8, 0.6, 0.4])
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
@@ -428,6 +456,8 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.processor_time:
+        time.perf_counter = time.thread_time
     if options.memory_case:
         print(json.dumps(memory_case(*options.memory_case)))
         return
@@ -447,6 +477,7 @@ def main() -> None:
     found = {
         "machine": machine(),
         "threads": options.threads,
+        "clock": "processor time" if options.processor_time else "wall clock",
         "size": options.size,
         "read": limits.read,
         "rates": limits.rates,
