@@ -204,6 +204,9 @@ def test_layers_that_are_handed_other_tensors(mode: str) -> None:
             one.c.inner.weight.mul_(3)
         close(model.c(x), plain.c(x))
         model.b(x)
+        few = x[:, : FEW // 2 - 1].reshape(-1, 8)  # alone: nothing waits for the others
+        close(model.a(few), plain.a(few))
+        assert model.a.stack.stack.held is None or model.a.stack.stack.held[0] is not few
 
 
 def test_layers_whose_input_is_written_to_are_no_group() -> None:
