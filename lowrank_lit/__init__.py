@@ -23,6 +23,7 @@ from lowrank_lit.plan import MatrixPlan, RankPlan
 _LAZY = {
     "LowRankModule": "lowrank_lit.module",
     "TextDataModule": "lowrank_lit.data",
+    "accelerate": "lowrank_lit.acceleration",
     "add_adapters": "lowrank_lit.recovery",
     "compare_models": "lowrank_lit.intruders",
     "diagnose": "lowrank_lit.diagnosis",
@@ -54,6 +55,7 @@ __all__ = [
     "RankPlan",
     "TextDataModule",
     "__version__",
+    "accelerate",
     "add_adapters",
     "compare_models",
     "compress",

@@ -21,6 +21,7 @@ from lowrank_lit.gradients import (
 from lowrank_lit.paging import Workspace
 from lowrank_lit.pooling import pool_experts
 from lowrank_lit.residual import BlockCosine, ImportanceResult, ResidualWatcher, resolve_importance
+from lowrank_lit.sharing import Sharing
 from lowrank_lit.statistics import (
     BACKWARD_MOMENTS,
     FORWARD_MOMENTS,
@@ -97,9 +98,7 @@ class Collector:
         self._sums: dict[str, InputSums] = {}
         self._pools: dict[str, MomentSum] = {}  # of the inputs of all experts of a block, by the experts' name
         self._results: dict[str, LayerStatistics] = {}
-        # Layers fed the same tensor share one sum; the first of them that is called owns it.
-        self._owner: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
+        self._sharing = Sharing()  # layers fed the same tensor share one sum, that of its owner
         # Layers whose inputs were added, and whose outputs are to follow.
         self._awaited: set[str] = set()
 
@@ -136,7 +135,7 @@ class Collector:
                 yield
         finally:
             self._in_forward = False
-            self._last = None
+            self._sharing.forget()
             self._awaited.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -164,10 +163,10 @@ class Collector:
         return hook
 
     def _add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        last, sharer = self._last if self._last is not None else (None, name)
-        owner = self._owner.setdefault(name, sharer if last is x else name)
+        shared = self._sharing.meet(name, x)
+        owner = self._sharing.owners[name]
         if owner != name:
-            if last is not x:  # adding nothing here would leave these tokens out of the sum
+            if not shared:  # adding nothing here would leave these tokens out of the sum
                 _check_owner(name, owner, name)
             return
         if name not in self._sums:
@@ -177,7 +176,7 @@ class Collector:
         if sums.outputs is not None:
             self._awaited.add(name)
         if sums.outputs is None:  # a moment of the outputs is the layer's own
-            self._last = (x, name)
+            self._sharing.own(name, x)
         elif name in self.sides and self.sides[name][1] == "up":
             pool = self._pools.setdefault(self.sides[name][0], MomentSum(x.shape[-1], x.device))
             pool.add(tokens)
@@ -188,7 +187,7 @@ class Collector:
         if distributed.size() == 1:
             return
         gradients = {} if self.gradients is None else self.gradients.sums
-        owners = {name: owner for name, owner in self._owner.items() if name in layers}
+        owners = {name: owner for name, owner in self._sharing.owners.items() if name in layers}
         columns = {name: sums.columns for name, sums in self._sums.items()}
         shapes = {name: sums.shape for name, sums in gradients.items()}
         pools = {name: (len(pool.sum), str(pool.sum.device)) for name, pool in self._pools.items()}
@@ -196,7 +195,7 @@ class Collector:
         seen = [part[:3] for part in found]
         for owners, _, _ in seen:
             for name, owner in owners.items():
-                _check_owner(name, owner, self._owner.setdefault(name, owner))
+                _check_owner(name, owner, self._sharing.owners.setdefault(name, owner))
         for name, (size, place) in {name: made for part in found for name, made in part[3].items()}.items():
             self._pools.setdefault(name, MomentSum(size, place)).reduce(distributed.add_up)
         # In the same order everywhere: for the sums, and for the layer that an error names.
@@ -219,7 +218,7 @@ class Collector:
         for name in layers if self.moments or self.gradients is not None else ():
             sums = gradients.get(name)
             if self.moments:
-                statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
+                statistics = own.get(self._sharing.owners.get(name, ""), LayerStatistics(0))
             else:
                 statistics = LayerStatistics(0 if sums is None else sums.tokens)
             if statistics.tokens == 0 and name not in self.sides:
