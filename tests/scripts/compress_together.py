@@ -57,6 +57,7 @@ def main(out: Path, preset: str, kind: str, folder: Path | None) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size > 1:
         dist.init_process_group("gloo")
+        dist.barrier()  # all are connected before one of them may die
     model, data = tiny_model("qwen3_moe" if kind == "experts" else "llama"), text()
     if kind in ("killed", "raising", "bug"):
         accident(kind, model, rank)
