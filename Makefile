@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint types docs wheel clean
+.PHONY: help install quickstart test test-slow lint types docs wheel bench bench-smoke clean
 
 help:
 	@echo 'make install      create .venv and install the package with its development tools, at the pinned versions'
@@ -18,6 +18,8 @@ help:
 	@echo 'make types        mypy --strict'
 	@echo 'make docs         build the documentation into build/site, warnings are errors'
 	@echo 'make wheel        build dist/ and check the wheel outside the checkout'
+	@echo 'make bench        measure speed on a quiet machine, and write the tables of benchmarks/RESULTS.md; 20 minutes'
+	@echo 'make bench-smoke  the same at tiny sizes, to see that it runs'
 	@echo 'make clean        remove builds and caches, keep .venv'
 
 install: $(STAMP)
@@ -58,6 +60,12 @@ docs: install
 
 wheel: install
 	$(BIN)/python .ci/check_wheel.py dist
+
+bench: install
+	$(BIN)/python benchmarks/bench.py
+
+bench-smoke: install
+	$(BIN)/python benchmarks/bench.py --smoke
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -23,21 +23,12 @@ from grid import Bench, problems
 from lowrank_lit import perplexity
 from lowrank_lit.allocation import MatrixProfile, MatrixSpec, allocate, predicted_loss
 from lowrank_lit.collection import Evidence
+from lowrank_lit.diagnosis import spearman
 from lowrank_lit.evidence import profiles_of, specs_of
 from lowrank_lit.refit import substituted
 from lowrank_lit.settings import Settings
 from lowrank_lit.spectrum import effective_rank
 from lowrank_lit.study import Study
-
-
-def spearman(first: list[float], second: list[float]) -> float:
-    """Rank correlation; ties get their mean rank."""
-
-    def ranks(values: list[float]) -> np.ndarray:
-        array = np.asarray(values)
-        return np.array([(np.sum(array < value) + np.sum(array <= value) + 1) / 2 for value in array])
-
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
 def profiles_in(study: Study, specs: list[MatrixSpec], evidence: Evidence, power: float) -> list[MatrixProfile]:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from lowrank_lit._checkpoints import newest_checkpoint, resolve_checkpoint
+from lowrank_lit._diagnose import diagnose_recipe, diagnosis_options
 from lowrank_lit._dry_run import compression_callback, dry_run_report, without_devices
 from lowrank_lit._evaluate import evaluate_recipe, wanted
+from lowrank_lit._laser import laser_options, laser_recipe
 from lowrank_lit._prediction import predicted_plan, show_prediction
 from lowrank_lit._scripts import clash
 from lowrank_lit._session import RecipeCLI, build
@@ -229,16 +231,35 @@ def sweep(
     seeds: int,
     split: str,
     path: str | None = None,
+    laser: bool = False,
+    keep_share: list[str] | None = None,
     **axes: list[str] | None,
 ) -> int:
-    """Perplexity over a grid of settings, from one calibration pass per draw."""
+    """Perplexity over a grid of settings, from one calibration pass per draw, or over cuts of one matrix at a time."""
     if seeds < 1:
         raise RecipeError(f"option '--seeds': {seeds} is too small; give the number of draws, 1 or more")
+    if laser:
+        options = laser_options(axes, keep_share)
+        cli = build(recipe, read_settings(recipe, overrides), flags)
+        folder = Path(path) if path else Path(cli.trainer.default_root_dir) / "laser"
+        return laser_recipe(cli, recipe, options, split=split, folder=folder)
+    if keep_share is not None:
+        raise RecipeError("option '--keep-share' belongs to --laser; add it, or give --keep-ratio for the grid")
     grid = grid_of(**axes)  # an unknown name is refused before anything is loaded
     settings = read_settings(recipe, overrides)
     cli = build(recipe, settings, flags)
     folder = Path(path) if path else Path(cli.trainer.default_root_dir) / "sweep"
     return sweep_recipe(cli, recipe, grid, seeds=seeds, split=split, folder=folder)
+
+
+def diagnose(
+    recipe: Path, overrides: Sequence[Override], flags: Sequence[str], *, path: str | None = None, **options: Any
+) -> int:
+    """Where a compression loses what it loses."""
+    asked = diagnosis_options(**options)
+    cli = build(recipe, read_settings(recipe, overrides), flags)
+    folder = Path(path) if path else Path(cli.trainer.default_root_dir) / "diagnostics"
+    return diagnose_recipe(cli, recipe, asked, folder)
 
 
 def doctor() -> int:
@@ -311,4 +332,5 @@ STAGES: dict[str, Callable[..., int]] = {
     "export": export,
     "plan": plan,
     "sweep": sweep,
+    "diagnose": diagnose,
 }

@@ -28,7 +28,9 @@ Low-rank compression of language models with PyTorch Lightning.
   convert   the same without a recipe, also of a folder of DeepSpeed's: CHECKPOINT --model MODEL --output FOLDER
   plan      ranks of every matrix and the predicted loss; with --dry-run counts, memory and disk from the configuration
   report    the page of a run again, from the record in its FOLDER
-  sweep     perplexity over metrics, allocators, keep ratios and presets, from one calibration pass per draw
+  sweep     perplexity over metrics, allocators, keep ratios and presets, from one calibration pass per draw; with
+            --laser over cuts of one matrix at a time
+  diagnose  spectra, importance, predicted and measured loss of every matrix, head and tail, intruder dimensions
   doctor    versions, device and who answers to `lightning`
 
 RECIPE is a path or one of: {recipes}
@@ -164,7 +166,57 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "default": "test",
                 "help": "text to measure on: test to report, validation to choose settings by (default: test)",
             },
-            "--path": {"help": "folder to write (default: sweep in trainer.default_root_dir)"},
+            "--laser": {
+                "action": "store_true",
+                "help": "instead of the grid: cut one matrix at a time to a share of its rank, by plain SVD or one "
+                "--metric, all others dense (LASER); writes laser.json, laser.md and laser.png",
+            },
+            "--keep-share --keep_share": _axis("0.8,0.6,0.4,0.2,0.1,0.05", "with --laser: shares of the full rank"),
+            "--path": {
+                "help": "folder to write (default: sweep in trainer.default_root_dir, with --laser laser there)"
+            },
+        },
+    ),
+    "diagnose": (
+        "Tells where a compression loses what it loses: of every matrix its spectrum, importance, kept energy, "
+        "predicted loss, and the loss measured with it alone cut; outputs and losses of head and tail of the weights; "
+        "with exported folders intruder dimensions, and where the update of the recovery lies. Writes "
+        "diagnostics.json, diagnostics.md and pictures. What the figures are: docs/diagnostics.md.",
+        {
+            "--plan": {
+                "metavar": "FILE",
+                "help": "plan.json whose ranks to diagnose (default: those of --compressed, else a new plan by the "
+                "recipe's settings)",
+            },
+            "--split": {
+                "choices": ("validation", "calibration", "test"),
+                "default": None,
+                "help": "text to measure on (default: validation if the recipe has it, else calibration)",
+            },
+            "--head": {
+                "type": float,
+                "metavar": "SHARE",
+                "help": "share of the full rank that is the head of every matrix (default: the plan's ranks)",
+            },
+            "--compressed": {"metavar": "FOLDER", "help": "exported folder of the compression, before recovery"},
+            "--recovered": {
+                "metavar": "FOLDER",
+                "help": "with --compressed: exported folder after recovery, or the record of the merge (unmerge/)",
+            },
+            "--threshold": {
+                "type": float,
+                "default": 0.5,
+                "metavar": "COSINE",
+                "help": "an intruder's absolute cosine with every singular vector of the base is below this "
+                "(default: 0.5)",
+            },
+            "--top": {
+                "type": int,
+                "default": 10,
+                "metavar": "N",
+                "help": "singular vectors of each matrix to look at for intruders (default: 10)",
+            },
+            "--path": {"help": "folder to write (default: diagnostics in trainer.default_root_dir)"},
         },
     ),
 }

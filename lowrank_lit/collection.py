@@ -268,7 +268,7 @@ class Collection:
             statistics = {name: LayerStatistics(tokens=0) for name in self.layers}
 
         def fit(name: str, target: Tensor, own: LayerStatistics) -> tuple[Tensor, Tensor]:
-            return _spectrum(settings, name, target, own).factors(target, rank_of[name], nested=True)
+            return _spectrum(settings, name, target, own, rank_of[name]).factors(target, rank_of[name], nested=True)
 
         weights = self.weights(specs, evidence.spectra, ranks)
         # Blocks are fitted one after the other: where processes cooperate, each does it all, from the same numbers.
@@ -428,8 +428,10 @@ class Collection:
         layer = self.layers[name]
         with moved(layer, self.device), torch.no_grad():
             weight = dense_weight(layer)
-            spectrum = _spectrum(settings, name, weight, statistics)
             gradient = None if statistics is None else statistics.weight_gradient
+            # A first-order change is known of every component, also of those that no rank may keep.
+            wanted = components if gradient is None else None
+            spectrum = _spectrum(settings, name, weight, statistics, wanted)
             changes = {} if gradient is None else {"changes": component_changes(spectrum, weight, gradient).cpu()}
         # The vectors of all matrices wait for the allocation together: in the weight's precision, float32 at least,
         # and those that a rank below the break-even may keep.
@@ -527,7 +529,9 @@ def _identity(settings: Settings) -> tuple[Any, ...]:
     )
 
 
-def _spectrum(settings: Settings, name: str, weight: Tensor, statistics: LayerStatistics | None) -> Spectrum:
+def _spectrum(
+    settings: Settings, name: str, weight: Tensor, statistics: LayerStatistics | None, components: int | None = None
+) -> Spectrum:
     return compute_spectrum(
         weight,
         statistics,
@@ -536,6 +540,7 @@ def _spectrum(settings: Settings, name: str, weight: Tensor, statistics: LayerSt
         damping=settings.damping,
         shrinkage=settings.shrinkage,
         alpha=settings.alpha,
+        components=components,
     )
 
 

@@ -21,6 +21,7 @@ from lowrank_lit.gradients import (
 from lowrank_lit.paging import Workspace
 from lowrank_lit.pooling import pool_experts
 from lowrank_lit.residual import BlockCosine, ImportanceResult, ResidualWatcher, resolve_importance
+from lowrank_lit.sharing import Sharing
 from lowrank_lit.statistics import (
     BACKWARD_MOMENTS,
     FORWARD_MOMENTS,
@@ -31,6 +32,7 @@ from lowrank_lit.statistics import (
     full_float32,
     real_tokens,
     stored_statistics,
+    widen,
 )
 from lowrank_lit.streaming import (
     Batch,
@@ -96,9 +98,9 @@ class Collector:
         self._sums: dict[str, InputSums] = {}
         self._pools: dict[str, MomentSum] = {}  # of the inputs of all experts of a block, by the experts' name
         self._results: dict[str, LayerStatistics] = {}
-        # Layers fed the same tensor share one sum; the first of them that is called owns it.
-        self._owner: dict[str, str] = {}
-        self._last: tuple[Tensor, str] | None = None
+        self._sharing = Sharing()  # layers fed the same tensor share one sum, that of its owner
+        # Layers whose inputs were added, and whose outputs are to follow.
+        self._awaited: set[str] = set()
 
     def count(self, batch: Batch) -> None:
         """Count the tokens of a batch, padding left out."""
@@ -110,6 +112,8 @@ class Collector:
         with ExitStack() as hooks:
             for name, layer in layers.items() if self.moments else ():
                 hooks.callback(layer.register_forward_pre_hook(self._hook(name)).remove)
+                # Before any hook of the model's own, which may change what the layer computed.
+                hooks.callback(layer.register_forward_hook(self._output_hook(name), prepend=True).remove)
             if self.gradients is not None:  # after the inputs' hooks, which are to see what the model hands over
                 hooks.enter_context(self.gradients.on(layers))
             yield
@@ -131,7 +135,8 @@ class Collector:
                 yield
         finally:
             self._in_forward = False
-            self._last = None
+            self._sharing.forget()
+            self._awaited.clear()
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
@@ -143,19 +148,35 @@ class Collector:
 
         return hook
 
+    def _output_hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            if name not in self._awaited:
+                return
+            self._awaited.remove(name)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                x, weight, mask = args[0], self.weight_of(layer).detach(), routed_mask(self.mask)
+                own = _is_product(output, layer, x, weight)
+                with full_float32():
+                    tokens = widen(real_tokens(output if own else x, mask))
+                    self._sums[name].add_outputs(tokens if own else tokens @ weight.to(tokens).mT)
+
+        return hook
+
     def _add(self, name: str, layer: nn.Module, x: Tensor) -> None:
-        last, sharer = self._last if self._last is not None else (None, name)
-        owner = self._owner.setdefault(name, sharer if last is x else name)
+        shared = self._sharing.meet(name, x)
+        owner = self._sharing.owners[name]
         if owner != name:
-            if last is not x:  # adding nothing here would leave these tokens out of the sum
+            if not shared:  # adding nothing here would leave these tokens out of the sum
                 _check_owner(name, owner, name)
             return
         if name not in self._sums:
             self._sums[name] = InputSums(self.moments, lambda: self.weight_of(layer).shape[0], x.shape[-1], x.device)
         sums, tokens = self._sums[name], real_tokens(x, routed_mask(self.mask))
-        sums.add(tokens, lambda: self.weight_of(layer).detach())
+        sums.add(tokens)
+        if sums.outputs is not None:
+            self._awaited.add(name)
         if sums.outputs is None:  # a moment of the outputs is the layer's own
-            self._last = (x, name)
+            self._sharing.own(name, x)
         elif name in self.sides and self.sides[name][1] == "up":
             pool = self._pools.setdefault(self.sides[name][0], MomentSum(x.shape[-1], x.device))
             pool.add(tokens)
@@ -166,7 +187,7 @@ class Collector:
         if distributed.size() == 1:
             return
         gradients = {} if self.gradients is None else self.gradients.sums
-        owners = {name: owner for name, owner in self._owner.items() if name in layers}
+        owners = {name: owner for name, owner in self._sharing.owners.items() if name in layers}
         columns = {name: sums.columns for name, sums in self._sums.items()}
         shapes = {name: sums.shape for name, sums in gradients.items()}
         pools = {name: (len(pool.sum), str(pool.sum.device)) for name, pool in self._pools.items()}
@@ -174,7 +195,7 @@ class Collector:
         seen = [part[:3] for part in found]
         for owners, _, _ in seen:
             for name, owner in owners.items():
-                _check_owner(name, owner, self._owner.setdefault(name, owner))
+                _check_owner(name, owner, self._sharing.owners.setdefault(name, owner))
         for name, (size, place) in {name: made for part in found for name, made in part[3].items()}.items():
             self._pools.setdefault(name, MomentSum(size, place)).reduce(distributed.add_up)
         # In the same order everywhere: for the sums, and for the layer that an error names.
@@ -197,7 +218,7 @@ class Collector:
         for name in layers if self.moments or self.gradients is not None else ():
             sums = gradients.get(name)
             if self.moments:
-                statistics = own.get(self._owner.get(name, ""), LayerStatistics(0))
+                statistics = own.get(self._sharing.owners.get(name, ""), LayerStatistics(0))
             else:
                 statistics = LayerStatistics(0 if sums is None else sums.tokens)
             if statistics.tokens == 0 and name not in self.sides:
@@ -270,6 +291,21 @@ class Collector:
                 f"('{few[0]}': {results[few[0]].tokens}); their statistics lean on those of all experts",
             )
         return Calibration(results, importance, self.tokens, mode, notes)
+
+
+def _is_product(output: Tensor, layer: nn.Module, x: Tensor, weight: Tensor) -> bool:
+    """Whether what the layer computed is ``W x`` as the statistics would compute it once more: of the weight that is
+    asked for, without a bias, in float32 or wider and without shortcuts all along. A half-precision layer's own output
+    is rounded."""
+    own = getattr(layer, "weight", None)
+    return (
+        isinstance(own, Tensor)
+        and own.data_ptr() == weight.data_ptr()
+        and getattr(layer, "bias", None) is None
+        and output.dtype == x.dtype == weight.dtype
+        and x.dtype in (torch.float32, torch.float64)
+        and (x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest")
+    )
 
 
 def _unreached(name: str) -> DataError:

@@ -47,22 +47,42 @@ def perplexity(
         ModelError: If the model gives no logits of that shape, or its weights are on the meta device or on several.
         NonFiniteError: If a logit is NaN or positive infinity; the message names the block.
     """
+    total, count = 0.0, 0
+    for losses in token_losses(model, blocks, batch_size=batch_size, device=device, first=first):
+        total += float(losses.sum())
+        count += len(losses)
+    try:
+        return math.exp(total / count)
+    except OverflowError:
+        return math.inf
+
+
+def token_losses(
+    model: nn.Module,
+    blocks: Tensor,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    first: Tensor | None = None,
+) -> list[Tensor]:
+    """What :func:`perplexity` is the exponential of the mean of; arguments and errors as there.
+
+    Returns:
+        Of each block its targets' losses in nats, ``(length - first,)`` float64 on the CPU: computed in float32 at
+        least.
+    """
     _check_blocks(model, blocks, batch_size)
     begins = _first_targets(blocks, first)
     check_places(model, device)
-    total = 0.0
+    found = []
     with torch.no_grad(), evaluating(model), moved(model, device) as place:
         for start in range(0, len(blocks), batch_size):
             ids = blocks[start : start + batch_size].to(place)
             logits = causal_logits(model, ids)
             # Block by block: the float32 copy of one block's logits is small beside that of a whole batch.
             for index in range(len(ids)):
-                total += _block_loss(logits[index], ids[index], start + index, begins[start + index])
-    mean = total / (blocks.numel() - sum(begins))
-    try:
-        return math.exp(mean)
-    except OverflowError:
-        return math.inf
+                found.append(_block_losses(logits[index], ids[index], start + index, begins[start + index]))
+    return found
 
 
 @dataclass(frozen=True)
@@ -181,20 +201,20 @@ def _first_targets(blocks: Tensor, first: Tensor | None) -> list[int]:
     return [int(place) for place in first]
 
 
-def _block_loss(logits: Tensor, ids: Tensor, block: int, first: int) -> float:
-    """Sum of one block's losses in nats from place ``first`` on; logits ``(length, vocabulary)``, ids ``(length,)``.
+def _block_losses(logits: Tensor, ids: Tensor, block: int, first: int) -> Tensor:
+    """One block's losses in nats from place ``first`` on; logits ``(length, vocabulary)``, ids ``(length,)``.
 
     torchmetrics' Perplexity takes the logarithm of softmax probabilities, which underflow to 0 and make the loss
-    infinite where the logits are far apart; cross_entropy stays in logarithms. Losses are float32, their sum float64.
+    infinite where the logits are far apart; cross_entropy stays in logarithms.
     """
     wide = logits[first - 1 : -1].to(torch.promote_types(logits.dtype, torch.float32))
     losses = nn.functional.cross_entropy(wide, ids[first:], reduction="none")
-    loss = float(losses.cpu().double().sum())  # summed on the CPU: not every device has float64
-    if math.isnan(loss):
+    losses = losses.cpu().double()  # summed on the CPU: not every device has float64
+    if math.isnan(float(losses.sum())):
         raise NonFiniteError(
             f"block {block}: the logits hold a NaN or infinity; check the weights, or evaluate in float32 or bfloat16"
         )
-    return loss
+    return losses
 
 
 def causal_logits(model: nn.Module, ids: Tensor) -> Tensor:

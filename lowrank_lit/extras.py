@@ -61,3 +61,21 @@ def load_lm_eval(setting: str) -> Any:
             f"{setting} needs lm-evaluation-harness ({error}); install it with: pip install 'lowrank-lit[eval]'"
         ) from error
     return lm_eval
+
+
+def load_triton(setting: str) -> Any:
+    """The package ``triton``.
+
+    Args:
+        setting: What needs it, as the user wrote it; for the error.
+
+    Raises:
+        LowRankError: If it is not installed, or does not load.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise LowRankError(
+            f"{setting} needs Triton ({error}); install it with: pip install 'lowrank-lit[kernels]'"
+        ) from error
+    return triton

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Self, TypeAlias
+from collections.abc import Callable
+from typing import Any, Self, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import ModelError, NonFiniteError
 from lowrank_lit.pivot import pivot_factors
+from lowrank_lit.products import is_plain, recomputed, reordered
+from lowrank_lit.stacking import Part
 
 
 class _TwoParts(nn.Module):
     """What both layers share: sizes, two plain ``nn.Linear`` children, and the ways to make one.
 
     ``bias`` is the subclass's own: a property of the one, a parameter of the other.
+
+    What :func:`lowrank_lit.accelerate` sets, which changes how a layer computes and not what; copies and pickles of a
+    layer are without it:
+
+    Attributes:
+        stack: Its place in a group whose inner factors are one product, or None.
+        recompute: Whether ``inner x`` is computed again in the backward instead of being kept for it.
     """
+
+    stack: Part | None = None
+    recompute: bool = False
 
     in_features: int
     out_features: int
@@ -129,6 +142,30 @@ class _TwoParts(nn.Module):
             layer._store(outer, inner, bias, dtype)
         return layer
 
+    def _inner(self, x: Tensor) -> Tensor:
+        result: Tensor = self.inner(x) if self.stack is None else self.stack.product(self, x)
+        return result
+
+    def _recomputes(self) -> bool:
+        """Whether this forward would keep ``inner x`` for its backward, and is not to."""
+        return (
+            self.recompute
+            and torch.is_grad_enabled()
+            and is_plain(self.inner)
+            and is_plain(self.outer)
+            and self.outer.weight.requires_grad
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Of nn.Module, behind to(), float() and others: parameters may have new memory after it.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.stack is not None:
+            self.stack.stack.gather()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("stack", "recompute", "kernel")}
+
     def extra_repr(self) -> str:
         """Sizes, as ``print(model)`` shows them."""
         return (
@@ -156,6 +193,9 @@ class FactoredLinear(_TwoParts):
     Raises:
         ModelError: If the rank is outside 1..min(in_features, out_features).
     """
+
+    kernel: Callable[[FactoredLinear, Tensor], Tensor | None] | None = None
+    """Set by :func:`lowrank_lit.accelerate`: both products at once, or None where it does not serve these inputs."""
 
     @staticmethod
     def _greatest_rank(in_features: int, out_features: int) -> tuple[int, str]:
@@ -190,7 +230,11 @@ class FactoredLinear(_TwoParts):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in_features) to (..., out_features)."""
-        result: Tensor = self.outer(self.inner(x))
+        if self.kernel is not None and (fused := self.kernel(self, x)) is not None:
+            return fused
+        if self._recomputes():
+            return recomputed(x, self.inner.weight, self.outer.weight, self.outer.bias)[1]
+        result: Tensor = self.outer(self._inner(x))
         return result
 
 
@@ -256,8 +300,12 @@ class PivotLinear(_TwoParts):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (..., in_features) to (..., out_features)."""
-        pivots = self.inner(x)
-        result = torch.cat([pivots, self.outer(pivots)], dim=-1).index_select(-1, self.positions)
+        if self._recomputes():
+            parts = recomputed(x, self.inner.weight, self.outer.weight)
+        else:
+            pivots = self._inner(x)
+            parts = pivots, self.outer(pivots)
+        result = reordered(torch.cat(parts, dim=-1), self.positions)
         return result if self.bias is None else result + self.bias
 
 

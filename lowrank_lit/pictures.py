@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lowrank_lit.report import replacing
 
@@ -134,6 +137,89 @@ def loss_figure(record: Mapping[str, Any]) -> Figure | None:
     axes.tick_params(labelsize=8)
     handles = [handle for part in drawn for handle in part.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, fontsize=8, frameon=False)
+    return figure
+
+
+@dataclass(frozen=True)
+class HeatPanel:
+    """Values by projection and block.
+
+    Attributes:
+        title: Of the panel.
+        values: By (projection, block); a block that is ``None`` has a column of its own.
+    """
+
+    title: str
+    values: Mapping[tuple[str, int | None], float]
+
+
+def heat_figure(panels: Sequence[HeatPanel], label: str, *, signed: bool) -> Figure:
+    """Maps of projection by block on one scale of colours, a panel each.
+
+    Args:
+        panels: At least one; values that are not finite are drawn as the largest that is.
+        label: What the values are.
+        signed: Blue below 0, white at 0, red above, linear around 0 and logarithmic beyond a hundredth of the largest;
+            otherwise a scale from 0 to 1. Grey where there is no value.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize, SymLogNorm
+
+    kinds = list(dict.fromkeys(kind for panel in panels for kind, _ in panel.values))
+    blocks = sorted({block for panel in panels for _, block in panel.values}, key=lambda b: (b is None, b or 0))
+    sizes = [abs(value) for panel in panels for value in panel.values.values() if math.isfinite(value)]
+    most = max(sizes, default=0.0) or 1.0
+    norm = SymLogNorm(most / 100, vmin=-most, vmax=most) if signed else Normalize(0.0, 1.0)
+    # Matplotlib's annotations ask for arrays where it takes a number as well.
+    scale: Any = ScalarMappable(norm, colormaps["RdBu_r" if signed else "viridis"])
+    columns = 2 if len(panels) == 4 else min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = _figure(columns * max(2.6, 1.4 + 0.3 * len(blocks)), rows * max(1.8, 0.8 + 0.26 * len(kinds)))
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        cells = [[panel.values.get((kind, block), math.nan) for block in blocks] for kind in kinds]
+        axes.imshow(np.clip(cells, -most, most), cmap=scale.cmap, norm=norm, aspect="auto")  # what is not there is NaN
+        axes.set_facecolor("#cccccc")
+        axes.set_title(panel.title, fontsize=9, loc="left")
+        step = max(1, len(blocks) // 12)
+        axes.set_xticks(range(0, len(blocks), step), ["" if b is None else str(b) for b in blocks[::step]], fontsize=7)
+        axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
+        axes.tick_params(length=0)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("block", fontsize=8)
+    bar = figure.colorbar(scale, ax=list(grid.flat), pad=0.015, aspect=24)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
+def agreement_figure(points: Sequence[tuple[float, float]], labels: Sequence[str]) -> Figure:
+    """Measured against predicted rises of the loss, nats per token, with the line on which they agree.
+
+    Args:
+        points: ``(predicted, measured)``; those that are not above 0 on both have no place on the axes.
+        labels: Projection of each, which has its colour.
+    """
+    from matplotlib import colormaps
+
+    figure = _figure(4.6, 4.2)
+    axes = figure.add_subplot()
+    for index, kind in enumerate(dict.fromkeys(labels)):
+        own = [point for point, label in zip(points, labels, strict=True) if label == kind and min(point) > 0]
+        if own:
+            colour = colormaps["tab10"](index % 10)
+            axes.plot(*zip(*own, strict=True), marker="o", markersize=4, linestyle="none", color=colour, label=kind)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ends = [value for point in points if min(point) > 0 for value in point] or [1e-4, 1.0]
+    axes.plot([min(ends), max(ends)], [min(ends), max(ends)], color="#888888", linewidth=1, linestyle="--")
+    axes.set_xlabel("predicted rise of the loss, nats per token", fontsize=9)
+    axes.set_ylabel("measured, this matrix alone cut", fontsize=9)
+    axes.tick_params(labelsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=7, frameon=False)
     return figure
 
 

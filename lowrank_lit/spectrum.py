@@ -21,14 +21,19 @@ from torch import Tensor
 
 from lowrank_lit.errors import LowRankError
 from lowrank_lit.linalg import (
+    add_gram,
     balance,
     damp,
     dual_roots,
     equalise,
     floor_weights,
     left_singular,
+    lower_eigen,
+    lower_root,
+    mirrored,
     require_finite,
     symmetric_eigen,
+    symmetric_product,
     to_double,
 )
 from lowrank_lit.metrics import DAMPING, GRADIENT_SHRINKAGE, SCALE_EXPONENT, check_metric_settings, moments_of
@@ -43,7 +48,7 @@ class Spectrum:
 
     Attributes:
         singular_values: ``(p,)`` float64, largest first; their squares are in the unit of the metric.
-        left: ``(rows, p)``: outer directions, orthonormal where ``inner`` is ``None``.
+        left: ``(rows, p)``, or its first columns: outer directions, orthonormal where ``inner`` is ``None``.
         inner: ``(p, columns)``, or ``None`` for ``left^T W`` (one-sided metrics).
     """
 
@@ -117,6 +122,18 @@ def effective_rank(energy: Tensor) -> float:
     return 0.0 if total == 0 else float(torch.special.entr(energy / total).sum().exp())
 
 
+def stable_rank(energy: Tensor) -> float:
+    """Stable rank ``||W||_F^2 / ||W||_2^2 = sum s_i^2 / s_1^2`` (Rudelson and Vershynin 2007).
+
+    Between 1 and the rank, and never above :func:`effective_rank`; 0 for a spectrum of zeros.
+
+    Args:
+        energy: Squared singular values ``(p,)``.
+    """
+    total = float(energy.sum())
+    return 0.0 if total == 0 else total / float(energy.max())
+
+
 def rank_for_energy(energy: Tensor, share: float) -> int:
     """Least rank that keeps ``share`` of the energy; 0 for a spectrum of zeros.
 
@@ -161,6 +178,7 @@ def compute_spectrum(
     damping: float = DAMPING,
     shrinkage: float = GRADIENT_SHRINKAGE,
     alpha: float = SCALE_EXPONENT,
+    components: int | None = None,
 ) -> Spectrum:
     """Spectrum of one weight in a metric.
 
@@ -176,6 +194,7 @@ def compute_spectrum(
             or row the least one relative to the mean, see :func:`lowrank_lit.linalg.floor_weights`. In [0, 1].
         shrinkage: The same for the gradients' moment (``two_sided`` alone), in [0, 1].
         alpha: Exponent of the mean magnitudes (``activation_scale`` alone), at least 0.
+        components: Vectors that are wanted, the largest; ``None`` is all ``p``. The singular values are all there.
 
     Raises:
         NonFiniteError: If the weight or the moments are not finite; names the layer.
@@ -186,23 +205,23 @@ def compute_spectrum(
     check_metric_settings(damping, shrinkage, alpha)
     require_finite(weight, f"the weight of layer '{name}'")
     if not needed:
-        return Spectrum(*left_singular(to_double(weight)))
+        return Spectrum(*left_singular(to_double(weight), components))
     if statistics is None:
         raise LowRankError(f"metric='{metric}' needs statistics of layer '{name}', which no calibration batch reached")
     statistics.check(name)
-    source = _Source(to_double(weight), statistics, metric, name)
+    source = _Source(to_double(weight), statistics, metric, name, components)
     if metric == "two_sided":
         spectrum = _two_sided(source, damping, shrinkage)
     elif metric == "fisher_two_sided":
         spectrum = _fisher_two_sided(source, damping)
     else:
         spectrum = _one_sided(source, damping, alpha)
-    return spectrum if bool(spectrum.singular_values.any()) else _free(source.weight)
+    return spectrum if bool(spectrum.singular_values.any()) else _free(source)
 
 
-def _free(weight: Tensor) -> Spectrum:
+def _free(source: _Source) -> Spectrum:
     """Spectrum of a weight whose changes cost nothing: zeros, with the vectors of the plain SVD to break the tie."""
-    values, left = left_singular(weight)
+    values, left = left_singular(source.weight, source.components)
     return Spectrum(torch.zeros_like(values), left)
 
 
@@ -214,6 +233,7 @@ class _Source:
     statistics: LayerStatistics
     metric: str
     name: str
+    components: int | None
 
     def moment(self, field: str, collect: str, size: int) -> Tensor:
         """A field of the statistics, ``size`` long on every axis, in float64 on the weight's device.
@@ -238,21 +258,20 @@ def _one_sided(source: _Source, damping: float, alpha: float) -> Spectrum:
     """``W_k = U_k U_k^T W`` with ``U`` the left singular vectors of ``W S``, for every root ``S`` on the inputs."""
     weight = source.weight
     rows, columns = weight.shape
+    if source.metric == "input" and rows <= columns:
+        energy, left = lower_eigen(_output_moment(source, damping), source.components)
+        return Spectrum(energy.sqrt(), left)
     if source.metric == "activation_scale":
-        magnitude = source.moment("input_magnitude", "magnitude", columns)
-        return Spectrum(*left_singular(weight * floor_weights(magnitude, damping).pow(alpha)))
-    if source.metric == "fisher_input":
+        scaled = weight * floor_weights(source.moment("input_magnitude", "magnitude", columns), damping).pow(alpha)
+    elif source.metric == "fisher_input":
         # Column means, not sums: F_aj = c_j / rows is the best fit that is constant along rows, and its unit is F's.
         means = source.moment("fisher_columns", "fisher", columns) / rows
-        return Spectrum(*left_singular(weight * floor_weights(means, damping).sqrt()))
-    if source.metric == "corda":
-        return Spectrum(*left_singular(weight @ damp(source.moment("input_moment", "input_full", columns), damping)))
-    if rows <= columns:
-        energy, left = symmetric_eigen(_output_moment(source, damping))
-        return Spectrum(energy.sqrt(), left)
-    moment = damp(source.moment("input_moment", "input", columns), damping)
-    values, vectors = symmetric_eigen(moment)
-    return Spectrum(*left_singular(weight @ (vectors * values.sqrt())))
+        scaled = weight * floor_weights(means, damping).sqrt()
+    elif source.metric == "corda":
+        scaled = weight @ damp(source.moment("input_moment", "input_full", columns), damping)
+    else:
+        scaled = weight @ lower_root(damp(source.moment("input_moment", "input", columns), damping))
+    return Spectrum(*left_singular(scaled, source.components))
 
 
 def _fisher_two_sided(source: _Source, damping: float) -> Spectrum:
@@ -263,10 +282,10 @@ def _fisher_two_sided(source: _Source, damping: float) -> Spectrum:
     column_sums = floor_weights(source.moment("fisher_columns", "fisher", columns), damping)
     total = float(row_sums.sum())
     if total == 0:
-        return _free(source.weight)
+        return _free(source)
     scale = (row_sums / total).sqrt()[:, None]
     scaled = scale * source.weight
-    values, left = left_singular(scaled * column_sums.sqrt())
+    values, left = left_singular(scaled * column_sums.sqrt(), source.components)
     return Spectrum(values, left / scale, left.mT @ scaled)
 
 
@@ -281,14 +300,14 @@ def _two_sided(source: _Source, damping: float, shrinkage: float) -> Spectrum:
     rows, columns = weight.shape
     if rows <= columns:
         small = damp(source.moment("gradient_moment", "gradient", rows), shrinkage)
-        gram = _output_moment(source, damping)
+        gram = mirrored(_output_moment(source, damping))
     else:
         small = damp(source.moment("input_moment", "input", columns), damping)
         gram = _pulled_moment(source, shrinkage)
     if float(small.trace()) == 0:
-        return _free(weight)
+        return _free(source)
     root, dual = dual_roots(small)
-    energy, rotation = symmetric_eigen(root.mT @ gram @ root)
+    energy, rotation = symmetric_eigen(symmetric_product(root, gram @ root), source.components)
     forward, backward = root @ rotation, dual @ rotation
     if rows <= columns:
         return Spectrum(energy.sqrt(), backward, forward.mT @ weight)
@@ -296,14 +315,20 @@ def _two_sided(source: _Source, damping: float, shrinkage: float) -> Spectrum:
 
 
 def _output_moment(source: _Source, damping: float) -> Tensor:
-    """``W R W^T`` of the damped ``R``, ``(rows, rows)``, from either moment; both give the same."""
+    """``W R W^T`` of the damped ``R``, ``(rows, rows)``, from either moment; both give the same. Its lower triangle:
+    what is above it has no meaning."""
     weight, statistics = source.weight, source.statistics
     rows, columns = weight.shape
     if statistics.output_moment is None:
-        return weight @ damp(source.moment("input_moment", "input", columns), damping) @ weight.mT
+        products = weight @ damp(source.moment("input_moment", "input", columns), damping)
+        total = weight.new_zeros(rows, rows)
+        add_gram(total, weight.mT, products.mT)
+        return total
     # The damping of R, carried to the outputs: W (mean I) W^T with mean = tr(R) / columns.
     mean = statistics.input_energy / columns
-    return (1 - damping) * source.moment("output_moment", "input", rows) + damping * mean * (weight @ weight.mT)
+    total = (1 - damping) * source.moment("output_moment", "input", rows)
+    add_gram(total, (damping * mean) * weight.mT, weight.mT)
+    return total
 
 
 def _pulled_moment(source: _Source, shrinkage: float) -> Tensor:
@@ -311,6 +336,6 @@ def _pulled_moment(source: _Source, shrinkage: float) -> Tensor:
     weight, statistics = source.weight, source.statistics
     rows, columns = weight.shape
     mean = statistics.gradient_energy / rows
-    return (1 - shrinkage) * source.moment("pulled_moment", "gradient", columns) + shrinkage * mean * (
-        weight.mT @ weight
-    )
+    return (1 - shrinkage) * source.moment("pulled_moment", "gradient", columns) + (
+        shrinkage * mean
+    ) * symmetric_product(weight)

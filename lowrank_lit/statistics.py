@@ -8,7 +8,7 @@ next to the massive activations of some layers, and would square small gradients
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.linalg import require_finite
+from lowrank_lit.linalg import add_gram, mirrored, require_finite
 
 FORWARD_MOMENTS = frozenset({"input", "input_full", "magnitude"})
 BACKWARD_MOMENTS = frozenset({"gradient", "fisher", "weight_gradient"})
@@ -35,11 +35,16 @@ def check_moments(moments: frozenset[str]) -> None:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 products without the TF32 or bfloat16 shortcuts that a user may have allowed for training."""
+    """Float32 products without the TF32 or bfloat16 shortcuts, or the autocast, that a user may have allowed for
+    training."""
     chosen = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
     finally:
         torch.set_float32_matmul_precision(chosen)
 
@@ -79,28 +84,31 @@ class MomentSum:
     """Sum of outer products ``x x^T`` over tokens.
 
     Attributes:
-        sum: float64 ``(d, d)``.
         tokens: Number of tokens summed over.
     """
 
     def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
-        self.sum = accumulator(size, size, device=device)
+        self._lower = accumulator(size, size, device=device)  # what is above the diagonal has no meaning
         self.tokens = 0
+
+    @property
+    def sum(self) -> Tensor:
+        """The sum, float64 ``(d, d)``, exactly symmetric."""
+        return mirrored(self._lower)
 
     def add(self, rows: Tensor) -> None:
         """Add the tokens in ``rows``, shape ``(tokens, d)``."""
-        rows = widen(rows)
-        self.sum += rows.mT @ rows
+        add_gram(self._lower, widen(rows))
         self.tokens += len(rows)
 
     def merge(self, other: MomentSum) -> None:
         """Add another sum over other tokens."""
-        self.sum += other.sum.to(self.sum.device)
+        self._lower += other._lower.to(self._lower.device)
         self.tokens += other.tokens
 
     def reduce(self, total: Total) -> None:
         """Replace the sum and the tokens by those over all processes."""
-        self.sum = total(self.sum)
+        self._lower = total(self._lower)
         self.tokens = int(total(torch.tensor(float(self.tokens), dtype=torch.float64)))
 
     def mean(self) -> Tensor:
@@ -159,18 +167,21 @@ class InputSums:
         self.magnitude = accumulator(columns, device=device) if "magnitude" in moments else None
         self.energy = accumulator(device=device)
 
-    def add(self, x: Tensor, weight: Callable[[], Tensor]) -> None:
-        """Add inputs ``(tokens, columns)`` of a layer whose ``weight()`` is ``(rows, columns)``."""
+    def add(self, x: Tensor) -> None:
+        """Add inputs ``(tokens, columns)``."""
         self.tokens += len(x)
         x = widen(x)
         if self.moment is not None:
             self.moment.add(x)
         if self.outputs is not None:
-            # The weight is applied here, in float32 or wider: a half-precision layer's own output is rounded.
-            self.outputs.add(x @ weight().to(x).mT)
             self.energy += energy_of(x)
         if self.magnitude is not None:
             self.magnitude += x.abs().sum(0)
+
+    def add_outputs(self, y: Tensor) -> None:
+        """Add the outputs ``W x`` ``(tokens, rows)`` of inputs that were added, in float32 or wider."""
+        if self.outputs is not None:
+            self.outputs.add(y)
 
     def reduce(self, total: Total) -> None:
         """Replace the sums by those over all processes."""

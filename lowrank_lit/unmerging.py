@@ -143,6 +143,46 @@ def unmerge(model: nn.Module, folder: Path | str) -> int:
     return len(values)
 
 
+@torch.no_grad()
+def merge_again(model: nn.Module, folder: Path | str) -> int:
+    """Add the adapters of a merge to a model that does not have them, in place and in the dtype of its factors.
+
+    Args:
+        model: The model as it was before the merge, such as an export of the compression.
+        folder: Where the record of the merge was written.
+
+    Returns:
+        How many factors were changed.
+
+    Raises:
+        ExportError: If the record is missing, damaged or of a newer format, or keeps factors in place of adapters.
+        ModelError: If the model has not the factors of the record.
+    """
+    entries, tensors = _read(Path(folder))
+    modules = dict(model.named_modules())
+    for name, entry in entries.items():
+        if entry["kind"] != "sum":
+            raise ExportError(
+                f"the record in '{folder}' keeps factor '{name}' itself and not its adapter; give the folder of the "
+                "recovered model"
+            )
+        weight = getattr(modules.get(name), "weight", None)
+        if not isinstance(weight, Tensor) or list(weight.shape) != entry["shape"]:
+            raise ModelError(
+                f"the {type(model).__name__} has no factor '{name}' of shape {entry['shape']}, which the record in "
+                f"'{folder}' has; give the record of this model's recovery"
+            )
+    for name, entry in entries.items():
+        weight = modules[name].weight
+        weight.copy_(_difference(weight.cpu(), tensors[f"{name}.a"], tensors[f"{name}.b"], -entry["scale"]))
+    return len(entries)
+
+
+def is_record(folder: Path | str) -> bool:
+    """Whether a folder holds the record of a merge."""
+    return (Path(folder) / _RECORD).is_file()
+
+
 def _unmerged(name: str, merged: Tensor, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
     values = tensors[f"{name}.values"]
     if entry["kind"] == "values":

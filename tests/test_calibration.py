@@ -104,6 +104,44 @@ def test_block_by_block_equals_whole(family: str) -> None:
     assert len(set(blocks.importance.values())) > 1
 
 
+@pytest.mark.parametrize("case", ["own", "half", "bias", "hook", "other weight", "autocast"])
+def test_moments_of_outputs_are_of_the_weight_asked_for(case: str) -> None:
+    """The layer's own output serves where it is the product, and nowhere else: rounded, shifted, changed or of another
+    weight it would be off by a thousandth at least."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    name = "model.layers.1.mlp.down_proj"
+    layer = model.get_submodule(name)
+    assert isinstance(layer, nn.Linear)
+    weight = layer.weight.detach().clone()
+    if case == "bias":
+        layer.bias = nn.Parameter(torch.ones(layer.out_features))
+    if case == "hook":
+        layer.register_forward_hook(lambda module, args, output: output + 1)
+    if case == "other weight":
+        weight = weight.roll(1, 0) * 1.5
+    if case == "half":
+        model = model.bfloat16()
+        weight = weight.bfloat16()
+    data = batches(padding=True, n=2)
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        x = recorded_inputs(model, data)[name].double()
+        layers = {name: layer}
+        found = calibrate(
+            model, data, layers, weight_of=lambda _: weight, moments=frozenset({"input"}), importance=False
+        ).statistics[name]
+        if case == "own":
+            own = calibrate(
+                model, data, layers, weight_of=dense_weight, moments=frozenset({"input"}), importance=False
+            ).statistics[name]
+            assert own.output_moment is not None
+            assert found.output_moment is not None
+            torch.testing.assert_close(own.output_moment, found.output_moment, rtol=1e-5, atol=1e-6)
+    y = x @ weight.double().mT
+    expected = y.mT @ y / len(y)
+    assert found.output_moment is not None
+    torch.testing.assert_close(found.output_moment, expected, rtol=1e-5, atol=1e-5 * float(expected.max()))
+
+
 def test_layers_of_one_input_share_one_moment() -> None:
     model = tiny_model("llama")
     statistics = run(model, batches()).statistics

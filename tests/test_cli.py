@@ -452,6 +452,95 @@ def test_a_bad_sweep_is_refused_in_one_line(run: Run, tmp_path: Path, options: l
     assert not (tmp_path / "out").exists(), "before anything is computed"
 
 
+def test_laser_sweep(run: Run, tmp_path: Path) -> None:
+    options = ["--LowRankCompression.targets=[*.mlp.up_proj]", "--keep-share", "0.5,0.1"]
+    code, out, err = run("sweep", "tiny", "--laser", *options)
+    assert code == 0, err
+    folder = tmp_path / "out/laser"
+    assert sorted(path.name for path in folder.iterdir()) == ["laser.json", "laser.md", "laser.png"]
+    found = json.loads((folder / "laser.json").read_text())
+    assert [(cell["block"], cell["keep_share"], cell["rank"]) for cell in found["cells"]] == [
+        *((0, 0.5, 16), (0, 0.1, 3), (1, 0.5, 16), (1, 0.1, 3)),
+    ]
+    table = (folder / "laser.md").read_text()
+    assert "| layer | projection | full rank | keep 0.5 | keep 0.1 |" in table
+    assert f"Dense perplexity {found['dense_perplexity']:.5g}. " in table
+    better = sum(cell["improves"] for cell in found["cells"])
+    assert f"{better} of 4 cuts improve the perplexity" in table
+    assert "4 blocks of 32 tokens" in out
+
+
+def test_diagnose(run: Run, tmp_path: Path, workplace: Path) -> None:
+    """From the plan alone, and with the folders of a compression and of its recovery."""
+    model: Any = tiny_model("llama", vocab_size=300)
+    text = batches(vocab=300, structured=True)
+    plan = lowrank_lit.compress(model, text, keep_ratio=0.6, min_rank=2, preset="fast", select=False).plan
+    lowrank_lit.export(model, plan, "before")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.inner.weight.mul_(1.1 + 0.1 * torch.rand(32))
+    lowrank_lit.export(model, plan, "after")
+    code, out, err = run("diagnose", "tiny", "--compressed=before", "--recovered=after")
+    assert code == 0, err
+    folder = tmp_path / "out/diagnostics"
+    names = ["agreement.png", "diagnostics.json", "diagnostics.md", "head_tail.png", "losses.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    found = json.loads((folder / "diagnostics.json").read_text())
+    table = (folder / "diagnostics.md").read_text()
+    for title in ("## Matrices", "## Head and tail", "## Intruder dimensions"):
+        assert title in table
+    assert [entry["rank"] for entry in found["matrices"]] == [entry.rank for entry in plan.matrices]
+    assert abs(found["losses"]["both"]["change"]["rise"]) < 1e-4
+    assert found["compared"].keys() == {entry.name for entry in plan.matrices if entry.form != "dense"}
+    assert [name for name, entry in found["compared"].items() if entry["overlap"]] == ["model.layers.1.mlp.up_proj"]
+    assert f"Dense loss {found['dense_loss']:.5f}" in table
+    assert "split calibration" in out
+    assert "8 blocks of 32 tokens" not in out, "of the text, as many blocks as the recipe evaluates on"
+    plan.save(tmp_path / "plan.json")
+    code, out, err = run("diagnose", "tiny", "--plan=plan.json", "--head=0.5", "--split=test", "--path=other")
+    assert code == 0, err
+    assert "Intruder" not in out
+    assert "16 of 32" in out
+
+    (tmp_path / "short.txt").write_text("a few words")
+    tiny_model("llama", vocab_size=300, intermediate_size=40).save_pretrained(tmp_path / "foreign")
+    for options, message in (
+        (["--compressed=before", "--recovered=foreign"], "the recovered model is none of the compressed one's: matrix"),
+        (["--compressed=foreign"], "option '--compressed': 'foreign' holds a dense model"),
+        (["--plan=plan.json", "--data.sources.validation=short.txt"], "is shorter than one block of 32 tokens"),
+        (["--plan=nowhere.json"], "plan file 'nowhere.json' cannot be read"),
+        (["--compressed=before", "--model.model=foreign"], "the base model is none of the compressed one's"),
+        (["--plan=plan.json", "--model.model=foreign"], "the plan does not fit the model in"),
+    ):
+        code, _, err = run("diagnose", "tiny", *options, "--path=refused")
+        assert (code, message in last_line(err)) == (2, True), err
+        assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("diagnose", ["--recovered=x"], "option '--recovered' needs the compression before it; add --compressed"),
+        ("diagnose", ["--compressed=nowhere"], "option '--compressed': 'nowhere' is no folder"),
+        ("diagnose", ["--head=1"], "option '--head': 1 is outside (0, 1)"),
+        ("diagnose", ["--threshold=2"], "threshold=2 is outside (0, 1]"),
+        ("diagnose", ["--top=0"], "top=0 is too small"),
+        ("diagnose", ["--LowRankCompression.targets=[*.nothing]"], "'*.nothing'"),
+        ("sweep", ["--laser", "--allocator=uniform"], "option '--allocator' belongs to the grid"),
+        ("sweep", ["--laser", "--metric=input,identity"], "--laser takes one metric, not 2"),
+        ("sweep", ["--laser", "--metric=inpt"], "metric='inpt' is unknown"),
+        ("sweep", ["--laser", "--keep-share=0.5,2"], "option '--keep-share': '2' is no share in (0, 1)"),
+        ("sweep", ["--keep-share=0.5"], "option '--keep-share' belongs to --laser"),
+    ],
+)
+def test_a_bad_diagnosis_is_refused_in_one_line(
+    run: Run, tmp_path: Path, command: str, options: list[str], message: str
+) -> None:
+    code, _, err = run(command, "tiny", *options)
+    assert code == 2
+    assert message in last_line(err)
+    assert not (tmp_path / "out").exists(), "before anything is computed"
+
+
 def test_run_and_export_of_a_checkpoint(run: Run, tmp_path: Path) -> None:
     options = ["--trainer.enable_checkpointing=true", "--trainer.callbacks+=ModelCheckpoint"]
     code, _, err = run("run", "tiny", *options)

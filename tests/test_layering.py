@@ -24,6 +24,7 @@ PACKAGE = Path(lowrank_lit.__file__).parent
 # From the inside out. A folder stands for all its modules. A module that is in no group fails the test: add it here.
 GROUPS: tuple[tuple[str, ...], ...] = (
     ("_version", "errors", "linalg", "pivot", "extras", "gauge", "nf4", "loader", "optimizers", "memory", "paging"),
+    ("products", "sharing"),
     ("distributed",),
     ("_checkpoints", "_tables", "curves"),
     ("statistics", "experts", "pooling", "pointwise"),
@@ -41,13 +42,14 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ),
     ("allocation", "plan", "settings"),
     ("reallocation",),
-    ("layers", "surgery", "unmerging"),
+    ("stacking", "layers", "surgery", "unmerging", "_triton", "kernels", "acceleration"),
     ("adapter_config", "adapter_starts", "masks", "merging", "product_lora", "quantize", "recovery", "refinement"),
-    ("evidence", "overview", "refit", "selection", "probes"),
+    ("evidence", "overview", "refit", "selection", "probes", "intruders"),
     ("collection", "study"),
     (
         *("compress", "sweep", "cache", "distillation", "evaluation"),
         *("folders", "weights", "modeling_lowrank", "formats", "hub", "plain", "report"),
+        *("cuts", "head_tail", "diagnosis"),
     ),
     ("windows", "timing", "harness"),
     ("_markup", "svg", "pictures", "html"),
@@ -57,7 +59,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("_recipes", "_scripts"),
     ("_settings",),
     ("_session",),
-    ("_convert", "_dry_run", "_evaluate", "_stages", "_prediction", "_sweep", "cli", "__main__"),
+    ("_convert", "_dry_run", "_evaluate", "_stages", "_prediction", "_sweep", "_diagnose", "_laser", "cli", "__main__"),
 )
 LEVEL = {name: level for level, group in enumerate(GROUPS) for name in group}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -159,7 +161,9 @@ def test_every_import_is_a_declared_dependency() -> None:
     extras = table["optional-dependencies"]
     declared = {canonicalize_name(Requirement(text).name) for text in table["dependencies"]}
     declared |= {
-        canonicalize_name(Requirement(text).name) for text in extras["qlora"] + extras["deepspeed"] + extras["eval"]
+        canonicalize_name(Requirement(text).name)
+        for extra in ("qlora", "deepspeed", "eval", "kernels")
+        for text in extras[extra]
     }
     providers = packages_distributions()
     seen = set()

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from lowrank_lit.errors import NonFiniteError
 from lowrank_lit.linalg import (
+    add_gram,
     balance,
     damp,
     dual_roots,
     equalise,
     floor_weights,
     left_singular,
+    lower_root,
+    mirrored,
     numerical_rank,
     orthonormalise,
     require_finite,
     symmetric_eigen,
+    symmetric_product,
 )
 
 
@@ -140,3 +146,67 @@ def test_balance_survives_extreme_scales() -> None:
         left, right = balance(dead, torch.zeros_like(inner))
         assert not (left @ right).any()
         assert bool(torch.isfinite(left).all() and torch.isfinite(right).all())
+
+
+@pytest.mark.parametrize("size", [1, 7, 128, 300, 1100])  # one panel, several, and one that is cut short
+def test_symmetric_products_are_the_plain_ones(size: int) -> None:
+    rows = torch.randn(40, size, dtype=torch.float64)
+    moment = torch.randn(40, 40, dtype=torch.float64)
+    moment = moment @ moment.mT
+    for found, plain in (
+        (symmetric_product(rows), rows.mT @ rows),
+        (symmetric_product(rows, moment @ rows), rows.mT @ moment @ rows),
+    ):
+        assert torch.equal(found, found.mT)
+        torch.testing.assert_close(found, plain, rtol=1e-12, atol=1e-12 * float(plain.abs().max()))
+
+
+def test_gram_of_float32_is_added_in_float64() -> None:
+    total = torch.zeros(150, 150, dtype=torch.float64)
+    big, small = 1e4 * torch.ones(2, 150), torch.ones(3, 150)
+    add_gram(total, big)
+    add_gram(total, small)  # 3 beside 2e8: less than half a unit of float32 there
+    assert torch.equal(mirrored(total), torch.full((150, 150), 2e8 + 3, dtype=torch.float64))
+
+
+def test_lower_root_of_damped_and_of_singular_moments() -> None:
+    factor = torch.randn(40, 9, dtype=torch.float64)
+    singular = factor @ factor.mT
+    for moment in (damp(singular, 1e-4), singular, torch.zeros_like(singular)):
+        root = lower_root(moment)
+        torch.testing.assert_close(root @ root.mT, moment, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 1e6, 1e9])
+def test_orthonormalise_is_qr(condition: float) -> None:
+    """Columns orthogonal but for rounding take another way than others; the basis is the same."""
+    basis = torch.linalg.qr(torch.randn(200, 150, dtype=torch.float64))[0]
+    scales = torch.logspace(0, -math.log10(condition), 150, dtype=torch.float64)
+    noise = torch.randn(150, 150, dtype=torch.float64) * torch.finfo(torch.float64).eps
+    columns = basis * scales + basis @ noise  # what images of eigenvectors look like
+    for given in (columns, columns + columns.roll(1, 1)):
+        q, r = torch.linalg.qr(given)
+        found = orthonormalise(given)
+        torch.testing.assert_close(found.mT @ found, torch.eye(150, dtype=torch.float64), rtol=0, atol=1e-13)
+        torch.testing.assert_close(found, q * r.diagonal().sign(), rtol=0, atol=1e-14 * condition)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3, 1e9])  # the last one takes QR and SVD
+def test_balance_is_the_svd(spread: float) -> None:
+    outer = torch.randn(150, 40, dtype=torch.float64)
+    scales = torch.logspace(0, -math.log10(spread), 40, dtype=torch.float64)
+    inner = scales[:, None] * torch.linalg.qr(torch.randn(90, 40, dtype=torch.float64))[0].mT
+    left, right = balance(torch.linalg.qr(outer)[0], inner)
+    product = torch.linalg.qr(outer)[0] @ inner
+    torch.testing.assert_close(left @ right, product, rtol=0, atol=1e-13)
+    expected = torch.linalg.svdvals(product)[:40].diag()
+    torch.testing.assert_close(left.mT @ left, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(right @ right.mT, expected, rtol=0, atol=1e-10 / spread**0.5)
+    assert bool((left.norm(dim=0).diff() <= 1e-12).all())  # largest first
+
+
+def test_a_finite_tensor_with_an_infinite_sum_is_finite() -> None:
+    require_finite(torch.full((4,), torch.finfo(torch.float32).max), "a weight")
+    require_finite(torch.full((64,), torch.finfo(torch.float16).max, dtype=torch.float16), "a weight")
+    with pytest.raises(NonFiniteError, match="2 of 2 values"):
+        require_finite(torch.tensor([float("inf"), -float("inf")]), "a weight")

@@ -87,7 +87,7 @@ def test_the_inner_of_two_stages_counts(watch: Watch) -> None:
             raise RuntimeError
         time.sleep(0.03)
     assert watch.used["outer", "host"] == pytest.approx(kept.nbytes, rel=0.1)
-    assert watch.used["inner", "host"] == pytest.approx(176 * MIB, rel=0.05)
+    assert watch.used["inner", "host"] == pytest.approx(176 * MIB, rel=0.15)
 
 
 def test_a_watch_ends() -> None:

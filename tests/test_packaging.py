@@ -120,10 +120,10 @@ def test_python_versions_agree(project: dict[str, Any]) -> None:
 
 def test_extras(project: dict[str, Any]) -> None:
     extras = project["project"]["optional-dependencies"]
-    assert extras.keys() == {"qlora", "deepspeed", "eval", "all", "docs", "dev"}
+    assert extras.keys() == {"qlora", "deepspeed", "eval", "kernels", "all", "docs", "dev"}
     (everything,) = [Requirement(text) for text in extras["all"]]
     assert everything.name == project["project"]["name"]
-    assert everything.extras == {"qlora", "deepspeed", "eval"}
+    assert everything.extras == {"qlora", "deepspeed", "eval", "kernels"}
 
 
 def test_constraints_cover_every_dependency(project: dict[str, Any], pins: dict[str, Requirement]) -> None:

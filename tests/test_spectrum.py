@@ -102,6 +102,54 @@ def cost(difference: Tensor, roots: tuple[Tensor, Tensor]) -> float:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("metric", METRICS)
+def test_fewer_components_are_the_first_of_all(metric: str, shape: tuple[int, int]) -> None:
+    weight, inputs, gradients = problem(*shape)
+    statistics = statistics_of(weight, inputs, gradients, full=metric == "corda")
+    for known in (statistics, replace(statistics, tokens=1, gradient_moment=_zeros(statistics.gradient_moment))):
+        every = spectrum_of(weight, known, metric)
+        some = compute_spectrum(
+            weight,
+            known,
+            metric=metric,
+            name="layer",
+            damping=DAMPING,
+            shrinkage=SHRINKAGE,
+            alpha=ALPHA,
+            components=3,
+        )
+        assert torch.equal(some.singular_values, every.singular_values)
+        assert some.left.shape[1] == 3
+        torch.testing.assert_close(some.left, every.left[:, :3], rtol=0, atol=1e-12)
+        if every.inner is not None:
+            assert some.inner is not None
+            torch.testing.assert_close(some.inner, every.inner[:3], rtol=0, atol=1e-12)
+        torch.testing.assert_close(some.factors(weight, 2)[0], every.factors(weight, 2)[0], rtol=0, atol=1e-12)
+
+
+def _zeros(moment: Tensor | None) -> Tensor | None:
+    return None if moment is None else torch.zeros_like(moment)
+
+
+@pytest.mark.parametrize("tall", [True, False])
+def test_input_is_the_textbook_at_sizes_of_several_panels(tall: bool) -> None:
+    """SVD-LLM's Cholesky root, SVD and inverse in float64, against products of triangles and a sought-for basis."""
+    rows, columns = (400, 300) if tall else (300, 400)
+    weight, inputs, gradients = problem(rows, columns, tokens=900)
+    statistics = statistics_of(weight, inputs, gradients, full=tall)
+    spectrum = spectrum_of(weight, statistics, "input")
+    root = torch.linalg.cholesky(damp(second_moment(inputs), DAMPING))
+    u, s, vh = torch.linalg.svd(weight @ root, full_matrices=False)
+    torch.testing.assert_close(spectrum.singular_values, s, rtol=1e-6, atol=1e-8 * float(s[0]))
+    for rank in (1, 40, 150):
+        outer, inner = spectrum.factors(weight, rank)
+        expected = torch.linalg.solve_triangular(root, (u[:, :rank] * s[:rank]) @ vh[:rank], upper=False, left=False)
+        ours, book = (float(((weight - product) @ root).square().sum()) for product in (outer @ inner, expected))
+        assert ours == pytest.approx(book, rel=1e-9)
+        assert ours == pytest.approx(spectrum.loss(rank), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("metric", METRICS)
 def test_truncation_costs_the_dropped_energy(metric: str, shape: tuple[int, int]) -> None:
     weight, inputs, gradients = problem(*shape)
     roots = roots_of(metric, inputs, gradients)

@@ -251,11 +251,11 @@ def test_what_does_not_converge_is_a_failed_cell(tmp_path: Path, monkeypatch: py
     """The eigenvalue solver fails the first time, with an error of torch's own."""
     solve, failed = torch.linalg.eigh, []
 
-    def eigh(matrix: Tensor) -> Any:
+    def eigh(matrix: Tensor, **options: Any) -> Any:
         if not failed:
             failed.append(True)
             torch.linalg.cholesky(-torch.eye(2))
-        return solve(matrix)
+        return solve(matrix, **options)
 
     monkeypatch.setattr(torch.linalg, "eigh", eigh)
     bad, good = sweep_in(tmp_path).run(Grid([0.6], ["input", "identity"], ["uniform"], common=COMMON))
