@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from lowrank_lit.batches import as_batches
 from lowrank_lit.callbacks._shared import calibration_text
 from lowrank_lit.callbacks.export import refuse_sharded
-from lowrank_lit.compress import batches_hash
-from lowrank_lit.distillation import weights_hash
+from lowrank_lit.compress import batches_hash, loaded_hash
 from lowrank_lit.errors import DataError, ModelError
 from lowrank_lit.layers import FactoredLayer
 from lowrank_lit.memory import stage as memory_stage
@@ -181,7 +180,7 @@ class Refinement(pl.Callback):
         batches = as_batches(calibration_text(trainer, "Refinement", self.batches))
         teacher = self._teacher(pl_module)
         folder = Path(trainer.default_root_dir) / "refined"
-        identity = f"{weights_hash(model)} {weights_hash(teacher)} {batches_hash(batches)} {self.settings}"
+        identity = f"{loaded_hash(model)} {loaded_hash(teacher)} {batches_hash(batches)} {self.settings}"
         kept = load_refinement(folder, model, identity)
         if kept is not None:
             trainer.print(f"Refined factors taken from {folder} (same model, calibration text and settings)")

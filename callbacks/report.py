@@ -28,7 +28,15 @@ from lowrank_lit.html import PAGE, RECORD, write_page
 from lowrank_lit.module import model_of
 from lowrank_lit.overview import rank_cells
 from lowrank_lit.pictures import loss_figure, save_figure, spectra_figure
-from lowrank_lit.report import assemble, prediction, ranks_figure, read_record, summary_table, write_record
+from lowrank_lit.report import (
+    assemble,
+    prediction,
+    ranks_figure,
+    read_record,
+    recovery_note,
+    summary_table,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -140,6 +148,9 @@ class RankReport(pl.Callback):
         if result is not None and trainer.is_global_zero:
             recovered = self._recovered(trainer, pl_module)
             self.record = self._assemble(trainer, recovered) | {"complete": True}
+            if note := recovery_note(self.record):
+                self.record["notes"] = [note, *(self.record.get("notes") or [])]
+                warnings.warn(note, stacklevel=2)
             written = self._write(trainer, self.record)
             pictures = {
                 "ranks": ranks_figure(result.plan),

@@ -15,7 +15,7 @@ from typing import Any
 from lowrank_lit._version import __version__
 from lowrank_lit.compress import CompressionResult, compress, plan_ranks
 from lowrank_lit.errors import LowRankError
-from lowrank_lit.evaluation import perplexity
+from lowrank_lit.evaluation import divergence, perplexity
 from lowrank_lit.layers import FactoredLinear, PivotLinear
 from lowrank_lit.plan import MatrixPlan, RankPlan
 
@@ -61,6 +61,7 @@ __all__ = [
     "compress",
     "dequantize_model",
     "diagnose",
+    "divergence",
     "export",
     "intruder_dimensions",
     "laser",

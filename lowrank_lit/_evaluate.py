@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowrank_lit._session import RecipeCLI
 from lowrank_lit._tables import gibibytes, markdown, table
 from lowrank_lit.choices import Question, multiple_choice, read_questions
 from lowrank_lit.data import tokenize_blocks
-from lowrank_lit.errors import DataError, RecipeError
+from lowrank_lit.errors import DataError, ModelError, RecipeError
 from lowrank_lit.harness import check_tasks, harness_scores
 from lowrank_lit.report import data_hash, plain_json, replacing, versions
 from lowrank_lit.sources import read_documents
@@ -24,6 +25,11 @@ from lowrank_lit.windows import Protocol, Windows, cut_windows
 
 EVALUATION_VERSION = 1
 """Version of the keys of evaluation.json."""
+
+_DIVERGENCE = (
+    "KL: mean over the tokens scored of KL(dense || compressed) of their predictions, in nats; same top token: share "
+    "of these tokens for which both models rank the same one first."
+)
 
 _Record = dict[str, Any]
 
@@ -35,6 +41,7 @@ class Wanted:
     protocol: str = "blocks"
     stride: int | None = None
     bos: str = "none"
+    divergence: bool = True
     texts: tuple[str, ...] = ()
     multiple_choice: tuple[str, ...] = ()
     delimiter: str = " "
@@ -58,6 +65,7 @@ def wanted(
     throughput: str | None = None,
     limit: int | None = None,
     delimiter: str = " ",
+    no_divergence: bool = False,
     **lists: Sequence[str] | None,
 ) -> Wanted:
     """The options of the command, checked as far as they can be before anything is loaded.
@@ -69,6 +77,7 @@ def wanted(
         throughput: Batch sizes, separated by commas; ``None`` times nothing.
         limit: Questions of each file and examples of each task.
         delimiter: Between query and choice.
+        no_divergence: Whether the two models are measured one after the other alone.
         **lists: ``text``, ``multiple_choice`` and ``tasks``: each option repeated, or separated by commas.
 
     Raises:
@@ -85,7 +94,8 @@ def wanted(
             raise RecipeError(f"option '--multiple_choice': file '{name}' does not exist; give a .jsonl file")
     if tasks:
         check_tasks(tasks)
-    return Wanted(protocol, stride, bos, texts, files, delimiter, _batch_sizes(throughput), tasks, limit)
+    sizes = _batch_sizes(throughput)
+    return Wanted(protocol, stride, bos, not no_divergence, texts, files, delimiter, sizes, tasks, limit)
 
 
 def _several(option: str, given: Sequence[str] | None) -> tuple[str, ...]:
@@ -116,11 +126,11 @@ def evaluate_recipe(cli: RecipeCLI, folder: Path, wanted: Wanted) -> int:
     protocol = _protocol(cli, wanted)
     inputs = _Inputs(_texts(cli, wanted, protocol), {name: read_questions(name) for name in wanted.multiple_choice})
     sources = {"dense": cli.model.source, "compressed": str(folder)}
-    models = {name: _measured(cli, source, inputs, wanted) for name, source in sources.items()}
+    models = _both(cli, sources, inputs, wanted)
     labels = ("dense", str(folder))
     measures = measure_rows(labels, models.values())
     tables = [_size_rows(labels, models.values()), *([measures] if len(measures) > 1 else [])]
-    notes = [*_perplexity_notes(cli, inputs, protocol), *_notes(models["dense"], wanted)]
+    notes = [*_perplexity_notes(cli, inputs, protocol, wanted.divergence), *_notes(models["dense"], wanted)]
     for rows in tables:
         print(table(rows))
     print("\n".join(notes))
@@ -167,15 +177,47 @@ def _texts(cli: RecipeCLI, wanted: Wanted, protocol: Protocol) -> dict[str, Wind
     return {source: cut_windows(found.flatten(), protocol, bos) for source, found in blocks.items()}
 
 
-def _measured(cli: RecipeCLI, source: Any, inputs: _Inputs, wanted: Wanted) -> _Record:
-    from lowrank_lit.evaluation import perplexity
+def _both(cli: RecipeCLI, sources: dict[str, Any], inputs: _Inputs, wanted: Wanted) -> dict[str, _Record]:
+    """The record of each model; without a divergence the first is out of memory before the second is loaded."""
+    if not wanted.divergence:
+        return {name: _measured(cli, _loaded(cli, source), source, inputs, wanted) for name, source in sources.items()}
+    models = {name: _loaded(cli, source) for name, source in sources.items()}
+    apart = _divergences(cli, models["dense"], models["compressed"], inputs)  # first: it needs the most memory
+    records = {name: _measured(cli, model, sources[name], inputs, wanted) for name, model in models.items()}
+    records["compressed"]["divergence"] = apart
+    return records
+
+
+def _loaded(cli: RecipeCLI, source: Any) -> Any:
     from lowrank_lit.module import LowRankModule
-    from lowrank_lit.streaming import evaluating, moved
-    from lowrank_lit.surgery import count_parameters, stored_bytes
 
     module = LowRankModule(source, dtype=_dtype(cli))
     module.configure_model()
-    model, size = module.model, cli.datamodule.batch_size
+    return module.model
+
+
+def _divergences(cli: RecipeCLI, dense: Any, compressed: Any, inputs: _Inputs) -> _Record:
+    from lowrank_lit.evaluation import divergence
+
+    device, size, records = cli.trainer.strategy.root_device, cli.datamodule.batch_size, {}
+    try:
+        for name, text in inputs.texts.items():
+            apart = divergence(dense, compressed, text.ids, batch_size=size, device=device, first=text.first)
+            records[name] = {"kl_nats": apart.kl, "top1_agreement": apart.agreement, "tokens": apart.tokens}
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"dense and compressed model do not fit on {device} together; lower data.batch_size, or give "
+            "--no-divergence, which holds one at a time"
+        ) from error
+    return records
+
+
+def _measured(cli: RecipeCLI, model: Any, source: Any, inputs: _Inputs, wanted: Wanted) -> _Record:
+    from lowrank_lit.evaluation import perplexity
+    from lowrank_lit.streaming import evaluating, moved
+    from lowrank_lit.surgery import count_parameters, stored_bytes
+
+    size = cli.datamodule.batch_size
     record: _Record = {"source": str(source), "parameters": count_parameters(model), "bytes": stored_bytes(model)}
     with evaluating(model), moved(model, cli.trainer.strategy.root_device):
         record["perplexity"] = {
@@ -187,6 +229,7 @@ def _measured(cli: RecipeCLI, source: Any, inputs: _Inputs, wanted: Wanted) -> _
             }
             for name, text in inputs.texts.items()
         }
+        record["divergence"] = {}
         record["multiple_choice"] = {
             name: _choice_record(cli, model, questions, wanted) for name, questions in inputs.questions.items()
         }
@@ -242,12 +285,19 @@ def _timing_record(found: Throughput) -> _Record:
 
 
 def _size_rows(labels: Sequence[str], models: Collection[_Record]) -> list[list[str]]:
+    """A row to a model; the dense one has no divergence from itself to show."""
+    measured = any(record["divergence"] for record in models)
     texts = list(next(iter(models))["perplexity"])
-    headings = ["perplexity"] if len(texts) == 1 else [f"perplexity, {text}" for text in texts]
-    rows = [["model", "parameters", "weights", *headings]]
-    for name, record in zip(labels, models, strict=True):
-        figures = [f"{text['value']:.3f}" for text in record["perplexity"].values()]
-        rows.append([name, f"{record['parameters']:,}", gibibytes(record["bytes"]), *figures])
+    rows = [["model", "parameters", "weights"]]
+    for text in texts:
+        names = ["perplexity", *(["KL, nats", "same top token"] if measured else [])]
+        rows[0] += names if len(texts) == 1 else [f"{name}, {text}" for name in names]
+    for label, record in zip(labels, models, strict=True):
+        rows.append([label, f"{record['parameters']:,}", gibibytes(record["bytes"])])
+        for text in texts:
+            apart = record["divergence"].get(text)
+            figures = [f"{apart['kl_nats']:.4g}", f"{apart['top1_agreement']:.4f}"] if apart else ["", ""]
+            rows[-1] += [f"{record['perplexity'][text]['value']:.3f}", *(figures if measured else [])]
     return rows
 
 
@@ -292,7 +342,7 @@ def _share(value: float, error: float | None) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _perplexity_notes(cli: RecipeCLI, inputs: _Inputs, protocol: Protocol) -> list[str]:
+def _perplexity_notes(cli: RecipeCLI, inputs: _Inputs, protocol: Protocol, divergence: bool) -> list[str]:
     split = f"split test ({cli.datamodule.sources.get('test')})"
     notes = []
     for source, windows in inputs.texts.items():
@@ -301,6 +351,8 @@ def _perplexity_notes(cli: RecipeCLI, inputs: _Inputs, protocol: Protocol) -> li
             f"Perplexity on {where}: {len(windows.ids)} {protocol.describe()}, from the start of the text, "
             f"{windows.targets:,} tokens scored, weights in {_dtype(cli)}."
         )
+    if divergence:
+        notes.append(_DIVERGENCE)
     return notes
 
 

@@ -51,9 +51,9 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         {},
     ),
     "evaluate": (
-        "Measures the recipe's dense model and an exported folder alike: perplexity always, accuracy and speed where "
-        "asked for. Prints both in one table and writes evaluation.json and evaluation.md to trainer.default_root_dir. "
-        "What the figures count: docs/evaluation.md.",
+        "Measures the recipe's dense model and an exported folder alike: perplexity and divergence, "
+        "accuracy and speed where asked for. Prints both in one table and writes evaluation.json and evaluation.md to "
+        "trainer.default_root_dir. What the figures count: docs/evaluation.md.",
         {
             "--path": {"help": "exported folder (default: where the recipe's ExportOnFitEnd writes)"},
             "--text": _axis("the recipe's data.sources.test", "files or hub:NAME:SPLIT to measure perplexity on"),
@@ -72,6 +72,10 @@ _COMMANDS: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
                 "choices": ("none", "prepend"),
                 "default": "none",
                 "help": "whether the tokenizer's BOS comes before every window and every query (default: none)",
+            },
+            "--no-divergence --no_divergence": {
+                "action": "store_true",
+                "help": "leave out the divergence from the dense model, for which both models are held at once",
             },
             "--multiple_choice --multiple-choice": _axis("none", "files of lines with query, choices, gold"),
             "--delimiter": {

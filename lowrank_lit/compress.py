@@ -38,6 +38,9 @@ _NO_PART = frozenset(
 """What a configuration says of files, or of how a model is run, and not of what it computes; a plan is in the weights'
 shapes already."""
 
+_WIDENED = 2**22
+"""Numbers of a tensor that are widened at a time, so that its hash needs no second copy of it."""
+
 
 @dataclass(frozen=True)
 class CompressionResult:
@@ -49,8 +52,8 @@ class CompressionResult:
             {targets_dense, targets, model_dense, model}, ``bytes`` {dense, compressed} of the whole model in memory,
             ``seconds`` {calibrate, decompose, allocate, feedback, factor}, ``passes`` {forward, backward} over the
             calibration text, ``calibration`` {tokens, blocks, hash, mode}, ``predicted`` {nats, perplexity_ratio},
-            ``settings``, ``notes``, and ``spectra``, a few singular values of every block and projection
-            (:func:`lowrank_lit.overview.spectrum_cells`).
+            ``settings``, ``notes``, ``weights_hash`` of the dense model (:func:`weights_hash`), and ``spectra``, a few
+            singular values of every block and projection (:func:`lowrank_lit.overview.spectrum_cells`).
     """
 
     plan: RankPlan
@@ -122,7 +125,8 @@ def compress(
     with working_in(workspace, model) as space, ExpertsApart(model) as apart:
         study = Study(model, batches, targets=chosen.targets, device=device, workspace=space, loss=loss)
         with apart.undone():
-            identity = fingerprint(model, study.batches, chosen, loss)
+            weights = weights_hash(model)
+            identity = fingerprint(model, study.batches, chosen, loss, weights=weights)
         study.collection.resume = None if resume is None else (Path(resume), identity)
         before = (count_parameters(model), stored_bytes(model))
         draft = study.draft(chosen)
@@ -133,7 +137,7 @@ def compress(
         from lowrank_lit.hub import attach  # transformers is there, for the model is one of its own
 
         attach(model, draft.plan)  # the model's own save_pretrained then writes the plan
-    return CompressionResult(draft.plan, distributed.agreed("the record", _record(study, draft, before)))
+    return CompressionResult(draft.plan, distributed.agreed("the record", _record(study, draft, before, weights)))
 
 
 @contextmanager
@@ -185,7 +189,39 @@ def plan_ranks(
             return replace(plan, fingerprint=fingerprint(model, study.batches, chosen, loss))
 
 
-def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings, loss: Loss | None = None) -> str:
+def weights_hash(model: nn.Module) -> str:
+    """Identity of a model's weights alone, to tell two checkpoints apart: SHA-256 in 64 hexadecimal digits.
+
+    Over name, shape and values of every parameter and stored buffer, in the order of their names. Types of fewer than
+    32 bits are widened first, so that a checkpoint in bfloat16 has one hash, whether it is loaded so or in float32.
+    Configuration, text and settings do not enter.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        kind = "float" if tensor.is_floating_point() else str(tensor.dtype)
+        narrow = tensor.is_floating_point() and tensor.element_size() < 4
+        digest.update(f"{name} {kind} {tuple(tensor.shape)}\n".encode())
+        for part in tensor.detach().reshape(-1).split(_WIDENED):
+            digest.update(_raw(part.float() if narrow else part))
+        release([tensor])
+    return digest.hexdigest()
+
+
+def loaded_hash(model: nn.Module, weights: str | None = None) -> str:
+    """Identity of a model's weights as they are in memory, which decide what it computes: :func:`weights_hash`, given
+    or taken, and their types; 32 hexadecimal digits."""
+    types = {name: str(tensor.dtype) for name, tensor in sorted(model.state_dict().items())}
+    return hashlib.sha256(f"{weights or weights_hash(model)} {types}".encode()).hexdigest()[:32]
+
+
+def fingerprint(
+    model: nn.Module,
+    batches: Sequence[Any],
+    settings: Settings,
+    loss: Loss | None = None,
+    *,
+    weights: str | None = None,
+) -> str:
     """Identity of a compression: hash of the model's weights and configuration, the calibration tokens, the settings
     and the version.
 
@@ -193,14 +229,12 @@ def fingerprint(model: nn.Module, batches: Sequence[Any], settings: Settings, lo
     from and by which version of transformers does not count.
 
     Two compressions with the same fingerprint give the same result. Of a loss of the caller's, its targets count, its
-    name and its ``identity``, an attribute that it may have; not its code.
+    name and its ``identity``, an attribute that it may have; not its code. ``weights`` is the model's
+    :func:`weights_hash`, where it is known.
     """
     digest = hashlib.sha256(f"{__version__} {settings}".encode())
     digest.update(_configuration(model).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(_raw(tensor))
-        release([tensor])
+    digest.update(loaded_hash(model, weights).encode())
     own = split_single(as_batches(batches, model), whole=loss is not None)
     digest.update(batches_hash(own).encode())
     if loss is not None:
@@ -239,7 +273,7 @@ def _raw(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
-def _record(study: Study, draft: Draft, before: tuple[int, int]) -> dict[str, Any]:
+def _record(study: Study, draft: Draft, before: tuple[int, int], weights: str) -> dict[str, Any]:
     plan, model = draft.plan, study.model
     stored = target_parameters(model, plan)
     if stored != plan.parameters:
@@ -270,5 +304,6 @@ def _record(study: Study, draft: Draft, before: tuple[int, int]) -> dict[str, An
         "predicted": None if nats is None else {"nats": nats, "perplexity_ratio": math.exp(min(nats, 700.0))},
         "settings": draft.settings.resolved(),
         "notes": list(plan.notes),
+        "weights_hash": weights,
         "spectra": spectrum_cells({matrix.name: draft.spectra[matrix.name] for matrix in plan.matrices}),
     }

@@ -13,7 +13,6 @@ else is impossible.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_lit.compress import batches_hash
+from lowrank_lit.compress import batches_hash, loaded_hash
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
 from lowrank_lit.gradients import predicted_positions
 from lowrank_lit.streaming import run_model
@@ -113,20 +112,12 @@ def counted_positions(batch: Mapping[str, Tensor]) -> Tensor:
     return counted
 
 
-def weights_hash(model: nn.Module) -> str:
-    """Identity of a model's weights, 32 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {batches_hash([{name: tensor}])}".encode())
-    return digest.hexdigest()[:32]
-
-
 class PredictionCache:
     """A teacher's predictions on disk, by sequence.
 
     Args:
         folder: Created where it is missing; may be shared by processes, and by teachers.
-        identity: Of the teacher, :func:`weights_hash`.
+        identity: Of the teacher, :func:`lowrank_lit.compress.loaded_hash`.
         top_k: Tokens that are kept of each position; ``None`` keeps all.
     """
 
@@ -175,7 +166,8 @@ class Teacher:
     Args:
         load: Gives the model.
         cache: Folder for the predictions; ``None`` computes them every time.
-        identity: :func:`weights_hash` of the model, where it is known; else the model is loaded for it.
+        identity: :func:`lowrank_lit.compress.loaded_hash` of the model, where it is known; else the model is loaded for
+            it.
         top_k: Tokens per position that are kept; ``None`` is all of them: 4 bytes times the vocabulary per token of
             text, against 8 ``k``.
 
@@ -237,7 +229,7 @@ class Teacher:
     def _opened(self, folder: Path, place: torch.device) -> PredictionCache:
         if self._cache is None:
             if self._identity is None:
-                self._identity = weights_hash(self._model_on(place))
+                self._identity = loaded_hash(self._model_on(place))
             self._cache = PredictionCache(folder, self._identity, self._top_k)
         return self._cache
 

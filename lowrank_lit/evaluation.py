@@ -1,10 +1,11 @@
-"""What a model costs and how well it predicts: perplexity and peak memory."""
+"""What a model costs and how well it predicts: perplexity, divergence from the dense model, and peak memory."""
 
 from __future__ import annotations
 
 import math
 import resource
 import sys
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,109 @@ def token_losses(
             for index in range(len(ids)):
                 found.append(_block_losses(logits[index], ids[index], start + index, begins[start + index]))
     return found
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How far the predictions of a compressed model are from those of the dense one.
+
+    Attributes:
+        kl: Mean over tokens of KL(dense || compressed) in nats, at least 0, and 0 where all predictions are the same.
+        agreement: Share of the tokens for which both models rank the same token first, in [0, 1]; of equal logits the
+            first counts.
+        tokens: Predictions that both are means over, those of the targets of a perplexity.
+    """
+
+    kl: float
+    agreement: float
+    tokens: int
+
+
+def divergence(
+    dense: nn.Module,
+    compressed: nn.Module,
+    blocks: Tensor,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    first: Tensor | None = None,
+) -> Divergence:
+    """Divergence of a compressed model's next-token predictions from the dense model's, and how often both agree.
+
+    Of every prediction that :func:`perplexity` scores for the same arguments: KL(p || q), the sum over the vocabulary
+    of p (ln p - ln q), with p of the dense and q of the compressed model. The target itself does not enter. Both models
+    have to be in memory, on the device too; their logits are there a batch at a time.
+
+    Args:
+        dense: Called as :func:`perplexity` calls a model.
+        compressed: Another model of the same vocabulary.
+        blocks: Token ids, LongTensor ``(n, length)``, as for :func:`perplexity`.
+        batch_size: Blocks per forward pass.
+        device: Where to evaluate; the models move there and back. None stays where each of them is.
+        first: Place of the first target in each block, LongTensor ``(n,)``; None is 1.
+
+    Returns:
+        Mean and share over all these predictions; logarithms in float32 or wider, sums in float64.
+
+    Raises:
+        DataError: If ``blocks``, ``first`` or ``batch_size`` has the wrong shape, type or range.
+        ModelError: If a model gives no logits, the two have vocabularies of different sizes, or weights are on the meta
+            device or on several.
+        NonFiniteError: If a logit is NaN or positive infinity, or the compressed model gives probability 0 to what the
+            dense model does not rule out; the message names model and block.
+    """
+    for model in (dense, compressed):
+        _check_blocks(model, blocks, batch_size)
+        check_places(model, device)
+    begins = _first_targets(blocks, first)
+    total, agreed = 0.0, 0
+    with (
+        torch.no_grad(),
+        evaluating(dense),
+        evaluating(compressed),
+        moved(dense, device) as place,
+        moved(compressed, device) as other,
+    ):
+        for start in range(0, len(blocks), batch_size):
+            ids = blocks[start : start + batch_size]
+            one, two = causal_logits(dense, ids.to(place)), causal_logits(compressed, ids.to(other))
+            if one.shape != two.shape:
+                raise ModelError(
+                    f"the dense model predicts {one.shape[-1]} tokens and the compressed one {two.shape[-1]}; give two "
+                    "models of the same vocabulary"
+                )
+            for index in range(len(ids)):
+                scored = slice(begins[start + index] - 1, -1)
+                found = _block_divergence(one[index, scored], two[index, scored].to(one.device), start + index)
+                total, agreed = total + found[0], agreed + found[1]
+    tokens = blocks.numel() - sum(begins)
+    return Divergence(max(0.0, total / tokens), agreed / tokens, tokens)
+
+
+def _block_divergence(dense: Tensor, compressed: Tensor, block: int) -> tuple[float, int]:
+    """Sum of KL(dense || compressed) in nats over the rows of two blocks of logits ``(rows, vocabulary)``, and the
+    number of rows whose largest logit is at the same place."""
+    p, q = _log_probabilities(dense, "dense", block), _log_probabilities(compressed, "compressed", block)
+    # What the dense model rules out adds nothing, whatever the other says; 0 * inf would be NaN.
+    terms = torch.where(p == -math.inf, 0.0, p.exp() * (p - q))
+    loss = float(terms.sum(-1).cpu().double().sum())
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"block {block}: the divergence is infinite, for the compressed model gives probability 0 to a token that "
+            "the dense model does not rule out; check its logits for negative infinities"
+        )
+    return loss, int((dense.argmax(-1) == compressed.argmax(-1)).sum())
+
+
+def _log_probabilities(logits: Tensor, model: str, block: int) -> Tensor:
+    """Log-probabilities of one block, float32 or wider."""
+    values = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    if bool(values.isnan().any()):
+        raise NonFiniteError(
+            f"block {block}: the logits of the {model} model hold a NaN or infinity; check the weights, or evaluate in "
+            "float32 or bfloat16"
+        )
+    return values
 
 
 def _first_targets(blocks: Tensor, first: Tensor | None) -> list[int]:

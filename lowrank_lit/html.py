@@ -35,7 +35,7 @@ PAGE, RECORD = "report.html", "record.json"
 _SHOWN = (
     *("complete", "keep_ratio", "parameters", "bytes", "perplexity", "predicted", "seconds", "peak_memory_bytes"),
     *("peak_memory_counts", "memory", "matrices", "ranks", "spectra", "curves", "config", "versions", "hardware"),
-    *("seed", "notes", "usage"),
+    *("seed", "notes", "usage", "weights_hash"),
 )
 """Keys of a record that have a section of their own; all others are listed under the details."""
 
@@ -366,7 +366,9 @@ def _settings(record: Mapping[str, Any]) -> list[Markup]:
     seed = "no seed was set" if record["seed"] is None else f"seed {record['seed']}"
     hardware = record.get("hardware") or {}
     machine = [[key, value] for key, value in hardware.items()] + [["seed", seed]]
-    parts.append(table("Machine and seed", ["what", "value"], machine))
+    if record.get("weights_hash"):
+        machine.append(["dense weights, SHA-256", record["weights_hash"]])
+    parts.append(table("Machine, seed and weights", ["what", "value"], machine))
     parts.append(table("Versions", ["package", "version"], list(record["versions"].items())))
     return parts
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lowrank_lit._checkpoints import gather_shards
-from lowrank_lit.distillation import Teacher, counted_positions, divergence, weights_hash
+from lowrank_lit.compress import loaded_hash
+from lowrank_lit.distillation import Teacher, counted_positions, divergence
 from lowrank_lit.errors import ExportError, LowRankError, ModelError, NonFiniteError, reason_of
 from lowrank_lit.folders import damaged_file, hub_settings
 from lowrank_lit.masks import MaskedModel, masked_layout, plan_of_cut
@@ -144,7 +145,7 @@ class LowRankModule(pl.LightningModule):
             self.load_teacher()  # says what is wrong with it
         cache = None if self.teacher_cache is None else Path(self.teacher_cache)
         # The model is still the dense one: its hash spares loading the teacher where every prediction is on disk.
-        identity = weights_hash(self.model) if cache is not None and self.teacher_source == self.source else None
+        identity = loaded_hash(self.model) if cache is not None and self.teacher_source == self.source else None
         return Teacher(self.load_teacher, cache=cache, identity=identity, top_k=self.teacher_top_k)
 
     def forward(self, **batch: Tensor) -> Any:

@@ -42,7 +42,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "seconds": _STAGES,
     "data_hash": ("calibration", "evaluation"),
 }
-_REQUIRED_VALUES = ("complete", "peak_memory_bytes", "fingerprint", "versions", "seed", "config")
+_REQUIRED_VALUES = ("complete", "peak_memory_bytes", "fingerprint", "weights_hash", "versions", "seed", "config")
 
 
 def versions() -> dict[str, str]:
@@ -78,8 +78,9 @@ def assemble(*parts: Mapping[str, Any]) -> dict[str, Any]:
     - ``parameters``: counts behind these ratios; ``bytes``: of the whole model in its storage type.
     - ``perplexity``: ``dense``, ``compressed`` before and ``recovered`` after training, and the ``protocol`` in words.
     - ``seconds``: wall time of every stage; ``total`` has the time between the stages too.
-    - ``peak_memory_bytes``, ``data_hash`` (``calibration``, ``evaluation``), ``fingerprint`` of the plan, ``versions``,
-      ``seed`` and ``config``.
+    - ``peak_memory_bytes``, ``data_hash`` (``calibration``, ``evaluation``), ``fingerprint`` of the plan,
+      ``weights_hash`` of the dense model (:func:`lowrank_lit.compress.weights_hash`), ``versions``, ``seed`` and
+      ``config``.
 
     Raises:
         LowRankError: If a section is no mapping.
@@ -153,6 +154,22 @@ def prediction(predicted: Mapping[str, Any] | None, perplexity: Mapping[str, Any
     dense, compressed = perplexity.get("dense"), perplexity.get("compressed")
     measured = None if dense is None or compressed is None else math.log(compressed) - math.log(dense)
     return {**predicted, "measured_nats": measured, "kind": "estimate from second moments of the calibration text"}
+
+
+def recovery_note(record: Mapping[str, Any]) -> str | None:
+    """What a record says of a recovery that has made the model worse; ``None`` where it has not, or nothing is known.
+
+    That is a ``recovered`` perplexity above the ``compressed`` one. A reallocation leaves a smaller model than the one
+    that the latter was measured on: nothing is said of its recovery.
+    """
+    one_shot, recovered = record["perplexity"]["compressed"], record["perplexity"]["recovered"]
+    if record.get("reallocation") or one_shot is None or recovered is None or recovered <= one_shot:
+        return None
+    digits = next((n for n in range(5, 17) if f"{one_shot:.{n}g}" != f"{recovered:.{n}g}"), 17)
+    return (
+        f"the recovery made the model worse: perplexity {recovered:.{digits}g} after it, {one_shot:.{digits}g} "
+        "one-shot, on the same text; lower learning_rate, or train on more text, and watch val_loss"
+    )
 
 
 def plain_json(value: Any, where: str) -> Any:
@@ -234,11 +251,15 @@ def _size_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     yield "model", _whole(count["model_dense"]), _whole(count["model"]), _number(keep["whole_model"], ".4f"), every
     ratio = _quotient(size["compressed"], size["dense"], ".4f")
     yield "MB", _scaled(size["dense"]), _scaled(size["compressed"]), ratio, "weights on disk, in millions of bytes"
+    if record.get("weights_hash"):
+        what = "which weights: the first digits of their SHA-256, that of record.json; names and values alone"
+        yield "dense weights", record["weights_hash"][:12], "", "", what
 
 
 def _perplexity_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     values = record["perplexity"]
     after = "no training step was made" if values["recovered"] is None else "the same text, after training"
+    after += ", which made it worse" if recovery_note(record) else ""
     for key, label, text in (
         ("compressed", "perplexity, one-shot", values["protocol"]),
         ("recovered", "perplexity, recovered", values["protocol"] and after),

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 import lowrank_lit
 from lowrank_lit.callbacks import ExportOnFitEnd, FactorTuning, LowRankCompression, RankPreservingLoRA, RankReport
 from lowrank_lit.callbacks.export import round_weights
+from lowrank_lit.compress import weights_hash
 from lowrank_lit.corpus import embedded_text
 from lowrank_lit.data import TextDataModule
 from lowrank_lit.errors import ExportError, ModelError, NonFiniteError, PlanError
@@ -139,9 +140,18 @@ def test_record_is_complete(run: Run) -> None:
     assert record["data_hash"]["calibration"] == made.record["calibration"]["hash"]
     assert record["perplexity"]["protocol"].startswith("test text, 6 blocks of 32 tokens")
     assert record["recovery"]["steps"] == 2
+    assert record["perplexity"]["recovered"] < record["perplexity"]["compressed"]
+    assert not any("made the model worse" in note for note in record["notes"])
     assert record["seed"] == 3
     assert record["config"]["keep_ratio"] == 0.6
     assert record["peak_memory_bytes"] > 50e6
+
+
+def test_the_weights_are_those_of_the_folder_in_whatever_type(run: Run, folder: Path) -> None:
+    stored = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert run.record["weights_hash"] == weights_hash(stored), "the fit has them in float32"
+    assert run.record["weights_hash"][:12] in run.output
+    assert run.record["weights_hash"] in (run.root / "report.html").read_text(encoding="utf-8")
 
 
 def test_seconds_add_up(run: Run) -> None:
@@ -315,6 +325,32 @@ def test_a_full_disk_costs_a_warning_and_not_the_run(tmp_path: Path) -> None:
             make_trainer(tmp_path, [made, report]).fit(Plain())
         assert report.record["complete"]
         assert not [file for file in (disk.folder / "report").rglob("*") if file.stat().st_size]
+
+
+def test_a_recovery_that_harms_is_said_in_record_table_and_page(
+    text: Callable[..., TextDataModule], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = text()
+    model, blocks = tiny_model("llama", vocab_size=300), data.evaluation("test")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(40):  # untrained weights are so far off that any step helps
+        model(input_ids=blocks, labels=blocks).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "dense")
+    callbacks = [compression(), RankPreservingLoRA(2), RankReport()]
+    with pytest.warns(UserWarning, match="the recovery made the model worse"):
+        make_trainer(tmp_path, callbacks).fit(LowRankModule(str(tmp_path / "dense"), learning_rate=1.0), data)
+    record = read_record(tmp_path / "record.json")
+    values = record["perplexity"]
+    assert values["recovered"] > 2 * values["compressed"], "or the learning rate is not absurd"
+    note = record["notes"][0]
+    for part in (f"{values['recovered']:.5g} after it", f"{values['compressed']:.5g} one-shot", "lower learning_rate"):
+        assert part in note
+    assert f"note: {note}" in capsys.readouterr().out.splitlines()
+    page = check((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert note in page.text
+    assert "after training, which made it worse" in page.text
 
 
 def test_without_a_step_there_is_no_recovery(folder: Path, text: Callable[..., TextDataModule], tmp_path: Path) -> None:

@@ -22,8 +22,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import lowrank_lit
 from lowrank_lit import _scripts, cli
 from lowrank_lit.collection import Collection
-from lowrank_lit.data import load_tokenizer, train_tokenizer
+from lowrank_lit.data import load_tokenizer, tokenize_blocks, train_tokenizer
 from lowrank_lit.plan import RankPlan
+from lowrank_lit.windows import Protocol, cut_windows
 from tests.tiny import batches, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,10 +238,19 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
     code, out, err = run("evaluate", "tiny")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["model", "parameters", "weights", "perplexity"]
-    assert rows[1][0] == "dense"
+    assert rows[0] == ["model", "parameters", "weights", "perplexity", "KL,", "nats", "same", "top", "token"]
+    assert (rows[1][0], len(rows[1])) == ("dense", 5), "no divergence from itself"
     assert int(rows[2][1].replace(",", "")) < int(rows[1][1].replace(",", ""))
-    assert float(rows[2][-1]) != float(rows[1][-1])
+    assert float(rows[2][-3]) != float(rows[1][-1])
+    record = json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["compressed"]
+    (apart,) = record["divergence"].values()
+    assert (float(rows[2][-2]), apart["tokens"]) == (pytest.approx(apart["kl_nats"], rel=1e-3), 4 * 31)
+    assert float(rows[2][-1]) == pytest.approx(apart["top1_agreement"], abs=1e-4)
+    code, alone, err = run("evaluate", "tiny", "--no-divergence")
+    assert code == 0, err
+    assert "KL" not in alone
+    again = json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["compressed"]
+    assert again == record | {"divergence": {}}, "all other figures are the same, one model at a time"
     assert "4 blocks of 32 tokens" in out
     exported = json.loads((tmp_path / "out/model/config.json").read_text())["quantization_config"]
     code, out, err = run("plan", "tiny", "--path=ranks.json")
@@ -293,12 +303,24 @@ def test_evaluate_measures_both_models_alike(run: Run, tmp_path: Path, workplace
     )
     assert record["models"]["dense"]["multiple_choice"]["first.jsonl"]["acc"] == found.acc
     assert f"{found.acc:.4f} ± {found.acc_stderr:.4f}" in rows["first.jsonl, acc"]
+    compressed = lowrank_lit.load("out/model", dtype="float32")
+    tokens = tokenize_blocks([(workplace / "text.txt").read_text()], tokenizer, 32)[:4].flatten()
+    windows = cut_windows(tokens, Protocol("sliding", 32, 8, "prepend"), tokenizer.bos_token_id)
+    expected = lowrank_lit.divergence(module.model, compressed, windows.ids, first=windows.first)
+    assert record["models"]["dense"]["divergence"] == {}
+    (apart,) = record["models"]["compressed"]["divergence"].values()
+    assert (apart["top1_agreement"], apart["tokens"]) == (expected.agreement, 4 * 32)
+    assert apart["kl_nats"] == pytest.approx(expected.kl, rel=1e-5)
+    assert f"{apart['kl_nats']:.4g}  " in out
+    assert f" {apart['kl_nats']:.4g} |" in page
+    assert "same top token: share of these tokens" in page
     medians = [m["throughput"][0]["decode_tokens_per_second"]["median"] for m in record["models"].values()]
     assert rows["decode, tokens/s, batch 1"].split()[-1] == f"{medians[1] / medians[0]:.3f}"
     (tmp_path / "short.txt").write_text("the small fox " * 40)
     code, out, err = run("evaluate", "tiny", f"--text=short.txt,{workplace / 'text.txt'}")
     assert code == 0, err
     assert "perplexity, short.txt" in out
+    assert "KL, nats, short.txt" in out
     plain = json.loads((tmp_path / "out/evaluation.json").read_text())["models"]["dense"]
     assert list(plain["perplexity"]) == ["short.txt", str(workplace / "text.txt")]
     assert (plain["throughput"], plain["multiple_choice"], plain["tasks"]) == ([], {}, {})
@@ -401,7 +423,7 @@ def test_sweep(run: Run, tmp_path: Path) -> None:
     code, out, err = run("compress", "tiny", "--LowRankCompression.preset=unirank")
     assert code == 0, err
     code, out, err = run("evaluate", "tiny")
-    perplexity = float(out.splitlines()[2].split()[-1])
+    perplexity = float(out.splitlines()[2].split()[-3])
     code, out, err = run("sweep", "tiny", "--preset=unirank", "--keep-ratio=0.6", "--seeds=1", "--path=other")
     assert code == 0, err
     with (tmp_path / "other/sweep.csv").open() as file:

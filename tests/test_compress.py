@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import lowrank_lit
 from lowrank_lit import FactoredLinear, compress, perplexity, plan_ranks
 from lowrank_lit.allocation import ALLOCATORS, allocate
-from lowrank_lit.compress import CompressionResult, fingerprint
+from lowrank_lit.compress import CompressionResult, fingerprint, loaded_hash, weights_hash
 from lowrank_lit.errors import BudgetError, DataError, GradientError, LowRankError, ModelError, NonFiniteError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.hub import export
@@ -635,6 +635,44 @@ def test_fingerprint_changes_with_weights_data_and_settings() -> None:
     with torch.no_grad():
         model.model.norm.weight[0] += 1e-3
     assert base != fingerprint(model, data, Settings(0.5))
+
+
+def test_the_hash_of_the_weights_is_of_the_weights_alone() -> None:
+    model = tiny_model("llama").to(torch.bfloat16)
+    base = weights_hash(model)
+    assert len(base) == 64
+    other = tiny_model("llama", rope_theta=500.0).to(torch.bfloat16).requires_grad_(False).eval()
+    other.config.name_or_path = "elsewhere"
+    assert weights_hash(other) == base, "another configuration, place and mode"
+    assert fingerprint(other, batches(), Settings(0.5)) != fingerprint(model, batches(), Settings(0.5))
+    assert weights_hash(copy.deepcopy(model).float()) == base, "loaded in a wider type"
+    assert loaded_hash(copy.deepcopy(model).float()) != loaded_hash(model), "which computes something else"
+    for one in (tiny_model("llama", seed=1).to(torch.bfloat16), tiny_model("llama")):
+        assert weights_hash(one) != base
+    for name, weight in model.named_parameters():
+        bits = weight.data.view(torch.int16).reshape(-1)
+        bits[-1] ^= 1  # the least bit of its last number
+        assert weights_hash(model) != base, name
+        bits[-1] ^= 1
+    assert weights_hash(model) == base
+
+
+def test_weights_that_are_widened_in_parts_have_the_hash_of_the_whole() -> None:
+    model = nn.Linear(2500, 2000).half()  # 5 million numbers, more than one part
+    base = weights_hash(model)
+    assert weights_hash(copy.deepcopy(model).float()) == base
+    model.weight.data[-1, -1] += 1
+    assert weights_hash(model) != base
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_record_has_the_hash_of_the_dense_weights(family: str) -> None:
+    dense = weights_hash(tiny_model(family))
+    for settings in ({"keep_ratio": 0.6}, {"keep_ratio": 0.5, "metric": "identity"}):
+        model = tiny_model(family)
+        result = lowrank_lit.compress(model, batches(), preset="unirank", min_rank=2, **settings)  # type: ignore[arg-type]
+        assert result.record["weights_hash"] == dense
+        assert weights_hash(model) != dense
 
 
 def test_errors_come_first_and_leave_the_model() -> None:

@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lowrank_lit.compress import loaded_hash
 from lowrank_lit.distillation import (
     PredictionCache,
     Predictions,
     Teacher,
     counted_positions,
     divergence,
-    weights_hash,
 )
 from lowrank_lit.errors import LowRankError, ModelError, NonFiniteError
-from tests.tiny import VOCABULARY, batches, tiny_model
+from tests.tiny import batches, tiny_model
 
 GENERATOR = torch.Generator().manual_seed(0)
 STUDENT = 3 * torch.randn(2, 5, 11, generator=GENERATOR)
@@ -135,7 +135,7 @@ def test_a_teacher_predicts_its_own_logits_without_gradients() -> None:
 @pytest.mark.parametrize("top_k", [None, 7])
 def test_predictions_on_disk_are_those_computed(top_k: int | None, tmp_path: Path) -> None:
     one, two = batches(n=2, padding=True)
-    identity = weights_hash(tiny_model("llama"))
+    identity = loaded_hash(tiny_model("llama"))
     first = Counted()
     computed = Teacher(first, cache=tmp_path, top_k=top_k).predict(one)
     assert first.calls == 1
@@ -172,7 +172,7 @@ def test_another_teacher_or_another_mask_finds_nothing(tmp_path: Path) -> None:
     again = Counted()
     masked = {**batch, "attention_mask": batch["attention_mask"].clone()}
     masked["attention_mask"][:, 8:] = 0
-    Teacher(again, cache=tmp_path, identity=weights_hash(again.model)).predict(masked)
+    Teacher(again, cache=tmp_path, identity=loaded_hash(again.model)).predict(masked)
     assert again.calls == 1
 
 
@@ -226,14 +226,3 @@ def test_bad_teachers() -> None:
         Teacher(lambda: tiny_model("bert")).predict(batch)
     with pytest.raises(LowRankError, match="teacher_top_k=0 is too small"):
         Teacher(lambda: broken, top_k=0)
-
-
-def test_weights_hash() -> None:
-    one = tiny_model("llama")
-    assert weights_hash(one) == weights_hash(tiny_model("llama"))
-    assert len(weights_hash(one)) == 32
-    assert weights_hash(one) != weights_hash(tiny_model("llama", seed=1))
-    with torch.no_grad():
-        one.lm_head.weight[0, 0] += 1e-3
-    assert weights_hash(one) != weights_hash(tiny_model("llama"))
-    assert one.config.vocab_size == VOCABULARY

@@ -1,7 +1,8 @@
-"""Perplexity against its definition, at its extremes, and what it leaves behind."""
+"""Perplexity and divergence against their definitions, at their extremes, and what they leave behind."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_lit.errors import DataError, ModelError, NonFiniteError
-from lowrank_lit.evaluation import peak_memory_bytes, perplexity
+from lowrank_lit.evaluation import divergence, peak_memory_bytes, perplexity
 from tests.tiny import CAUSAL_FAMILIES, MAX_POSITIONS, VOCABULARY, tiny_model
 
 
@@ -179,6 +180,94 @@ def test_bad_batch_size_and_model() -> None:
         perplexity(tiny_model("bert"), draw_blocks())
     with pytest.raises(ModelError, match="meta device"):
         perplexity(tiny_model("llama").to("meta"), draw_blocks())
+
+
+def shaken(model: nn.Module, scale: float = 0.1) -> Any:
+    """A copy whose weights are off by a tenth of their own size, like those of a compressed model."""
+    generator = torch.Generator().manual_seed(7)
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in result.parameters():
+            weight += scale * weight.std() * torch.randn(weight.shape, generator=generator).to(weight)
+    return result
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("first", [None, [1, 5, 23, 2, 9]])
+def test_divergence_is_the_definition(family: str, first: list[int] | None) -> None:
+    dense = tiny_model(family).double()
+    compressed, blocks = shaken(dense), draw_blocks()
+    values, same = [], 0
+    for block, begin in zip(blocks, first or [1] * 5, strict=True):
+        with torch.no_grad():
+            one, two = (torch.softmax(model(input_ids=block[None]).logits[0], -1) for model in (dense, compressed))
+        for position in range(begin - 1, 23):
+            p, q = one[position].tolist(), two[position].tolist()
+            values.append(math.fsum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+            same += p.index(max(p)) == q.index(max(q))
+    expected, share = math.fsum(values) / len(values), same / len(values)
+    assert expected > 1e-2, "or the two are the same"
+    assert 0 < share < 1
+    begins = None if first is None else torch.tensor(first)
+    wide = divergence(dense, compressed, blocks, first=begins)
+    assert (wide.agreement, wide.tokens) == (share, len(values) if first is None else 120 - sum(first))
+    assert wide.kl == pytest.approx(expected, rel=1e-12)  # measured: 4e-16 at most
+    found = divergence(dense.float(), compressed.float(), blocks, first=begins, batch_size=2)
+    assert (found.agreement, found.tokens) == (share, len(values))
+    assert found.kl == pytest.approx(expected, abs=1e-6)  # measured: 5e-8 at most
+    back = divergence(compressed, dense, blocks, first=begins)
+    assert abs(back.kl - expected) > 1e-4, "the dense model's predictions are the ones that weigh"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_divergence_from_the_same_model(dtype: torch.dtype) -> None:
+    model = tiny_model("llama").to(dtype)
+    found = divergence(model, copy.deepcopy(model), draw_blocks(), device="cpu")
+    assert (found.kl, found.agreement, found.tokens) == (0.0, 1.0, 5 * 23)
+    assert divergence(model, model, draw_blocks()) == found
+
+
+def test_the_top_token_is_counted_by_hand() -> None:
+    """After 0 both rank 1 first; after 1 the two disagree; after 2 all logits are equal, and the first one counts."""
+    dense = Lookup(torch.tensor([[0.0, 9.0, 1.0], [0.0, 1.0, 2.0], [0.5, 0.5, 0.5]])).train()
+    compressed = Lookup(torch.tensor([[0.0, 1.5, 1.0], [0.0, 2.0, 1.0], [0.7, 0.7, 0.7]]))
+    found = divergence(dense, compressed, torch.tensor([[0, 1, 2, 0], [1, 1, 1, 1]]), batch_size=1)
+    assert (found.agreement, found.tokens) == (2 / 6, 6)
+    assert dense.modes == [False, False]
+    assert dense.training
+
+
+def test_what_is_ruled_out_by_the_dense_model_alone_is_no_divergence() -> None:
+    ruled, plain = torch.zeros(4, 4), torch.zeros(4, 4)
+    ruled[:, 3] = -math.inf
+    blocks = torch.tensor([[0, 1, 2]])
+    assert divergence(Lookup(ruled), Lookup(ruled), blocks).kl == 0
+    assert divergence(Lookup(ruled), Lookup(plain), blocks).kl == pytest.approx(math.log(4 / 3), rel=1e-6)
+    with pytest.raises(NonFiniteError, match="block 0: the divergence is infinite"):
+        divergence(Lookup(plain), Lookup(ruled), blocks)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_divergence_names_the_model_and_block_that_broke(value: float) -> None:
+    good, bad = torch.zeros(8, 8), torch.zeros(8, 8)
+    bad[7, 0] = value
+    blocks = torch.tensor([[1, 2, 3], [1, 2, 3], [1, 7, 0]])
+    with pytest.raises(NonFiniteError, match="block 2: the logits of the compressed model"):
+        divergence(Lookup(good), Lookup(bad), blocks, batch_size=2)
+    with pytest.raises(NonFiniteError, match="block 2: the logits of the dense model"):
+        divergence(Lookup(bad), Lookup(good), blocks, batch_size=2)
+
+
+def test_what_a_divergence_refuses() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ModelError, match="predicts 96 tokens and the compressed one 90"):
+        divergence(model, tiny_model("llama", vocab_size=90), draw_blocks().clamp_max(80))
+    with pytest.raises(DataError, match="batch_size=0"):
+        divergence(model, model, draw_blocks(), batch_size=0)
+    with pytest.raises(DataError, match="first has shape"):
+        divergence(model, model, draw_blocks(), first=torch.tensor([1]))
+    with pytest.raises(ModelError, match="meta device"):
+        divergence(model, tiny_model("llama").to("meta"), draw_blocks())
 
 
 def test_peak_memory_counts_the_process() -> None:

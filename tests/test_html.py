@@ -131,6 +131,7 @@ def record(made: RankPlan | None = None, **changes: Any) -> dict[str, Any]:
         "reallocation": [{"step": 5, "keep_ratio": 0.77}, {"step": 9, "keep_ratio": 0.66}],
         "passes": {"forward": 10.25, "backward": 3.0},
         "fingerprint": "f1f2f3",
+        "weights_hash": "d" * 64,
         "data_hash": {"calibration": "c" * 64, "evaluation": "e" * 64},
     }
     return assemble(parts | changes)
@@ -224,7 +225,9 @@ def test_what_was_not_measured_is_left_out_with_a_sentence() -> None:
         "The plan has no notes.",
     ):
         assert sentence in page.text, sentence
-    assert not re.search(r"(?<![\w.])0(\.0+)?(?![\w.])", page.text.partition("Machine and seed")[0]), "nothing is 0"
+    assert not re.search(r"(?<![\w.])0(\.0+)?(?![\w.])", page.text.partition("Machine, seed and weights")[0]), (
+        "nothing is 0"
+    )
 
 
 def test_parts_that_are_missing_one_by_one() -> None:

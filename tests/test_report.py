@@ -22,6 +22,7 @@ from lowrank_lit.report import (
     plot_prediction,
     plot_ranks,
     read_record,
+    recovery_note,
     summary_table,
     versions,
     write_record,
@@ -110,6 +111,32 @@ def test_nan_is_refused_by_name_and_the_old_file_stays(tmp_path: Path, value: An
     with pytest.raises(NonFiniteError, match=r"record\.config\.x\[1\] is NaN"):
         write_record(path, assemble(figures(config={"x": [0.0, value]})))
     assert read_record(path) == assemble(figures())
+
+
+def test_a_recovery_that_made_the_model_worse_is_said_with_both_figures() -> None:
+    def values(one_shot: float | None, recovered: float | None) -> dict[str, Any]:
+        return assemble(
+            figures(perplexity={"dense": 20.0, "compressed": one_shot, "recovered": recovered, "protocol": "x"})
+        )
+
+    for one_shot, recovered in ((30.0, 25.0), (30.0, 30.0), (30.0, None), (None, None), (math.inf, 25.0)):
+        assert recovery_note(values(one_shot, recovered)) is None
+    note = recovery_note(values(30.0, 31.25)) or ""
+    for part in ("perplexity 31.25 after it, 30 one-shot", "lower learning_rate", "more text"):
+        assert part in note
+    assert "30.0000001 after it, 30 one-shot" in (recovery_note(values(30.0, 30.0000001)) or "")
+    assert "perplexity inf after it" in (recovery_note(values(30.0, math.inf)) or "")
+    worse = values(30.0, 31.25) | {"reallocation": [{"step": 1, "keep_ratio": 0.5}]}
+    assert recovery_note(worse) is None, "another budget"
+    assert "which made it worse" in shown(values(30.0, 31.25))
+    assert "worse" not in shown(assemble(figures()))
+
+
+def test_the_table_tells_which_weights_were_dense() -> None:
+    text = shown(assemble(figures(weights_hash="0123456789abcdef" * 4)))
+    (row,) = [line for line in text.splitlines() if "dense weights" in line]
+    assert row.split()[2] == "0123456789ab"
+    assert "dense weights" not in shown(assemble(figures())), "a record of an older release"
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
