@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -235,6 +236,8 @@ class LowRankCompression(pl.Callback):
         dense, first = (kept["perplexity"]["dense"], 0.0) if same_text else self._measured(trainer, model)
         result = load_compression(root / "compressed", model, identity)
         if result is None:
+            _say(trainer, f"Compressing to keep_ratio={self._settings.keep_ratio} ({len(batches)} calibration batches)")
+            started = time.perf_counter()
             with memory_stage("compress"):
                 result = compress(
                     model,
@@ -245,12 +248,15 @@ class LowRankCompression(pl.Callback):
                     loss=loss,
                     **self.settings(),
                 )
+            _say(trainer, f"Compressed in {time.perf_counter() - started:.0f} s: keep_ratio={result.plan.keep_ratio:.4f}")
         else:
-            trainer.print(f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
+            _say(trainer, f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
             result.record["from_cache"] = True  # its seconds are those of the run that computed it
             if same_text:
                 return result
         compressed, second = self._measured(trainer, model)
+        if compressed is not None and dense is not None:
+            _say(trainer, f"Perplexity {compressed:.5g} before any training, dense {dense:.5g}")
         result.record["perplexity"] = {"dense": dense, "compressed": compressed}
         result.record["evaluation_hash"] = text
         result.record["seconds"]["evaluate"] = first + second
@@ -270,6 +276,12 @@ class LowRankCompression(pl.Callback):
                 result.plan.save(root / "plan.json")
             except ExportError as error:  # not worth losing a compression for
                 warnings.warn(str(error), stacklevel=2)
+
+
+def _say(trainer: pl.Trainer, text: str) -> None:
+    """Print a line at once, also where the output goes to a file and no progress bar does."""
+    trainer.print(text)
+    sys.stdout.flush()
 
 
 def evaluation_hash(trainer: pl.Trainer) -> str | None:

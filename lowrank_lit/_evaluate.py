@@ -288,7 +288,7 @@ def _size_rows(labels: Sequence[str], models: Collection[_Record]) -> list[list[
     """A row to a model; the dense one has no divergence from itself to show."""
     measured = any(record["divergence"] for record in models)
     texts = list(next(iter(models))["perplexity"])
-    rows = [["model", "parameters", "weights"]]
+    rows = [["model", "parameters", "weights in memory"]]
     for text in texts:
         names = ["perplexity", *(["KL, nats", "same top token"] if measured else [])]
         rows[0] += names if len(texts) == 1 else [f"{name}, {text}" for name in names]

@@ -117,7 +117,13 @@ def export(
     if not path and format != formats.OWN:
         folder = folder.with_name(f"{folder.name}-{format}")
     cli = build(recipe, settings, flags)
-    checkpoint = Path(ckpt_path) if ckpt_path else newest_checkpoint(cli.trainer)
+    exported = _export_folder(settings)
+    try:
+        checkpoint = Path(ckpt_path) if ckpt_path else newest_checkpoint(cli.trainer)
+    except RecipeError:
+        if format in (formats.OWN, formats.ARENA) or not (exported / "config.json").is_file():
+            raise
+        return _export_again(exported, folder, format, cli.datamodule.tokenizer)
     if not checkpoint.is_file():
         raise RecipeError(f"checkpoint '{checkpoint}' does not exist; give --ckpt_path FILE")
     dense = _measured(cli, cli.model.source) if format == formats.ARENA else None
@@ -141,6 +147,16 @@ def export(
         evaluation=evaluation,
     )
     print(f"{checkpoint} -> {folder}")
+    return 0
+
+
+def _export_again(exported: Path, folder: Path, format: str, tokenizer: Any) -> int:
+    """A folder that a run has exported, in another format."""
+    from lowrank_lit import hub
+
+    model = hub.load(exported, dtype="auto")
+    hub.export(model, model.config.quantization_config.rank_plan(), folder, tokenizer=tokenizer, format=format)
+    print(f"{exported} -> {folder}")
     return 0
 
 

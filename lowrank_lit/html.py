@@ -27,7 +27,7 @@ from lowrank_lit._markup import (
 )
 from lowrank_lit._tables import gibibytes
 from lowrank_lit.pictures import curves_of, cut_of, depth_of, heights_of, panels_of
-from lowrank_lit.report import read_record, replacing, summary_rows
+from lowrank_lit.report import COMPRESSION_STAGES, read_record, replacing, summary_rows
 from lowrank_lit.svg import Line, line_chart
 
 PAGE, RECORD = "report.html", "record.json"
@@ -311,7 +311,11 @@ def _time(record: Mapping[str, Any]) -> list[Markup]:
     if not seconds:
         return [absent("No stage has been timed.")]
     whole = total or sum(seconds.values())
-    rows = [[stage, f"{value:.1f}", bar(value / whole if whole else 0.0)] for stage, value in seconds.items()]
+    earlier = COMPRESSION_STAGES if record.get("from_cache") else ()
+    rows = [
+        [stage, f"{value:.1f}", "in an earlier run" if stage in earlier else bar(value / whole if whole else 0.0)]
+        for stage, value in seconds.items()
+    ]
     if total is not None:
         rows.append(["total", f"{total:.1f}", "with the time between the stages"])
     parts = [element("h3", "Time by stage"), table("Wall time", ["stage", "seconds", "share of the total"], rows, 1)]

@@ -11,7 +11,7 @@ import sys
 import zlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -304,7 +304,7 @@ class RankPlan:
         if misfits:
             raise PlanError(
                 f"the plan does not fit the model in {len(misfits)} of {len(self.matrices)} matrices, "
-                f"first: {misfits[0]}; use the plan of this model"
+                f"first: {misfits[0]}; {_remedy(self.matrices, modules)}"
             )
 
 
@@ -417,6 +417,14 @@ def _construct(kind: type[_Entry], values: Any, where: str) -> _Entry:
         return kind(**values)
     except TypeError as error:  # a required field is missing
         raise PlanError(f"{where} is incomplete ({error}); save the plan with RankPlan.save") from error
+
+
+def _remedy(matrices: Sequence[MatrixPlan], modules: Mapping[str, nn.Module]) -> str:
+    """What to do with a plan that does not fit."""
+    holders = (name.removesuffix(".linear") for matrix in matrices if (name := matrix.name) not in modules)
+    if any(isinstance(modules.get(name), nn.Conv1d | nn.Conv2d | nn.Conv3d) for name in holders):
+        return "call lowrank_lit.pointwise_as_linear(model) first, as was done before the compression"
+    return "use the plan of this model"
 
 
 def _misfit(matrix: MatrixPlan, module: nn.Module | None) -> str:

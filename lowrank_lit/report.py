@@ -42,6 +42,9 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "seconds": _STAGES,
     "data_hash": ("calibration", "evaluation"),
 }
+COMPRESSION_STAGES = ("calibrate", "decompose", "measure", "allocate", "select", "feedback", "factor")
+"""What ``seconds`` of a record are of the compression; one that was taken from an earlier run has that run's."""
+
 _REQUIRED_VALUES = ("complete", "peak_memory_bytes", "fingerprint", "weights_hash", "versions", "seed", "config")
 
 
@@ -297,6 +300,8 @@ def _cost_rows(record: Mapping[str, Any]) -> Iterator[_Row]:
     }
     for stage, text in texts.items():
         if stage in record["seconds"]:  # some belong to some settings only
+            if record.get("from_cache") and stage in COMPRESSION_STAGES:
+                text += ", in the earlier run that it was taken from"
             yield f"seconds, {stage}", "", _number(record["seconds"][stage], ".1f"), "", text
     memory = record.get("peak_memory_counts") or "largest so far"
     yield "peak memory, MB", "", _scaled(record["peak_memory_bytes"]), "", memory

@@ -238,7 +238,7 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
     code, out, err = run("evaluate", "tiny")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["model", "parameters", "weights", "perplexity", "KL,", "nats", "same", "top", "token"]
+    assert " ".join(rows[0]) == "model parameters weights in memory perplexity KL, nats same top token"
     assert (rows[1][0], len(rows[1])) == ("dense", 5), "no divergence from itself"
     assert int(rows[2][1].replace(",", "")) < int(rows[1][1].replace(",", ""))
     assert float(rows[2][-3]) != float(rows[1][-1])
@@ -260,6 +260,12 @@ def test_compress_evaluate_and_plan(run: Run, tmp_path: Path) -> None:
     assert {matrix.name: matrix.rank for matrix in plan.matrices} == {
         matrix["name"]: matrix["rank"] for matrix in exported["plan"]["matrices"]
     }
+    code, out, err = run("export", "tiny", "--format=dense")  # there is no checkpoint, but what was exported
+    assert code == 0, err
+    assert "model -> " in out
+    dense = json.loads((tmp_path / "out/model-dense/config.json").read_text())
+    assert "quantization_config" not in dense
+    assert dense["hidden_size"] == json.loads((tmp_path / "out/model/config.json").read_text())["hidden_size"]
 
 
 def test_evaluate_measures_both_models_alike(run: Run, tmp_path: Path, workplace: Path) -> None:

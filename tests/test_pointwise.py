@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lowrank_lit
-from lowrank_lit.errors import ModelError
+from lowrank_lit.errors import ModelError, PlanError
 from lowrank_lit.pointwise import PointwiseLinear, is_pointwise
 from lowrank_lit.surgery import count_parameters
 
@@ -89,6 +89,8 @@ def test_a_network_is_compressed_trained_saved_and_loaded(tmp_path: Path) -> Non
     assert all(parameter.grad is not None for parameter in model.parameters())
     lowrank_lit.save_module(model, result.plan, tmp_path / "out")
     again = Net()
+    with pytest.raises(PlanError, match=r"call lowrank_lit\.pointwise_as_linear\(model\) first"):
+        lowrank_lit.load_module(again, tmp_path / "out")
     lowrank_lit.pointwise_as_linear(again)
     lowrank_lit.load_module(again, tmp_path / "out")
     assert torch.equal(again(images), model(images))
