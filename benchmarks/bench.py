@@ -16,8 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "RESULTS.md"
-SCRIPTS = {"compression": "--out", "inference": "--output"}
-"""Benchmarks, and how each is told which file of JSON to write."""
+SCRIPTS = {"compression": ("--out", "--from"), "inference": ("--output", "--output")}
+"""Benchmarks, and how each is told which file of JSON to write, and, with ``--table``, which to read."""
 
 
 def replaced(text: str, name: str, table: str) -> str:
@@ -46,8 +46,9 @@ def main() -> None:
             subprocess.run([*script, "--smoke"], check=True)
             continue
         replaced(RESULTS.read_text(encoding="utf-8"), name, "")  # before minutes are spent
-        command = [*script, SCRIPTS[name], str(HERE / f"speed_{name}.json"), "--table"]
-        table = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        (writes, reads), file = SCRIPTS[name], str(HERE / f"speed_{name}.json")
+        subprocess.run([*script, writes, file], check=True)
+        table = subprocess.run([*script, reads, file, "--table"], check=True, stdout=subprocess.PIPE, text=True).stdout
         RESULTS.write_text(replaced(RESULTS.read_text(encoding="utf-8"), name, table), encoding="utf-8")
         print(table)
 
