@@ -18,7 +18,7 @@ help:
 	@echo 'make types        mypy --strict'
 	@echo 'make docs         build the documentation into build/site, warnings are errors'
 	@echo 'make wheel        build dist/ and check the wheel outside the checkout'
-	@echo 'make bench        measure speed on a quiet machine, and write the tables of benchmarks/RESULTS.md; 20 minutes'
+	@echo 'make bench        measure speed on a quiet machine, and write the tables of benchmarks/RESULTS.md; 12 minutes'
 	@echo 'make bench-smoke  the same at tiny sizes, to see that it runs'
 	@echo 'make clean        remove builds and caches, keep .venv'
 
