@@ -248,7 +248,8 @@ class LowRankCompression(pl.Callback):
                     loss=loss,
                     **self.settings(),
                 )
-            _say(trainer, f"Compressed in {time.perf_counter() - started:.0f} s: keep_ratio={result.plan.keep_ratio:.4f}")
+            seconds = time.perf_counter() - started
+            _say(trainer, f"Compressed in {seconds:.0f} s: keep_ratio={result.plan.keep_ratio:.4f}")
         else:
             _say(trainer, f"Compression taken from {root / 'compressed'} (same weights, calibration text and settings)")
             result.record["from_cache"] = True  # its seconds are those of the run that computed it
