@@ -253,6 +253,29 @@ def balance(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
     return left @ (u * root), (root[:, None] * vh) @ right.mT
 
 
+def balance_projection(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`balance` where ``outer`` has orthonormal columns, as that of a projection ``U (U^T W)``, so that the
+    singular values of the product are those of ``inner``: one small eigendecomposition, and no look at ``outer``.
+
+    The product is kept whatever the columns are. As far as they are off orthonormality, the factors are off balance.
+
+    Args:
+        basis: ``(rows, rank)``.
+        inner: ``(rank, columns)``.
+    """
+    energy, rotation = lower_eigen(_lower_gram(inner.mT))
+    if not _spans_few_digits(energy):
+        return balance(basis, inner)
+    rows = rotation.mT @ inner
+    root = rows.norm(dim=1).sqrt()
+    return basis @ (rotation * root), rows / root[:, None]
+
+
+def _spans_few_digits(energy: Tensor) -> bool:
+    """Whether squared singular values ``(p,)``, largest first, are close enough for vectors from a Gram matrix."""
+    return float(energy[-1]) > 100 * torch.finfo(energy.dtype).eps ** 0.5 * float(energy[0])
+
+
 def factored_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SVD ``outer inner = U diag(s) V^T`` of a product of thin factors, which is never formed: a QR of each factor and
     an SVD of ``(rank, rank)``.
@@ -287,7 +310,7 @@ def _balanced_by_gram(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor] | N
         return None
     # With outer = Q L^T: (Q L^T) inner, and the left singular vectors of L^T inner.
     energy, rotation = lower_eigen(_lower_gram(triangle, symmetric_product(inner.mT) @ triangle))
-    if not float(energy[-1]) > 100 * torch.finfo(energy.dtype).eps ** 0.5 * float(energy[0]):
+    if not _spans_few_digits(energy):
         return None
     rows = (triangle @ rotation).mT @ inner
     root = rows.norm(dim=1).sqrt()

@@ -23,6 +23,7 @@ from lowrank_lit.errors import LowRankError
 from lowrank_lit.linalg import (
     add_gram,
     balance,
+    balance_projection,
     damp,
     dual_roots,
     equalise,
@@ -95,7 +96,9 @@ class Spectrum:
         outer = to_double(self.left[:, :rank].to(weight.device))
         stored = self.inner
         inner = outer.mT @ to_double(weight) if stored is None else to_double(stored[:rank].to(weight.device))
-        return equalise(outer, inner) if nested else balance(outer, inner)
+        if nested:
+            return equalise(outer, inner)
+        return balance_projection(outer, inner) if stored is None else balance(outer, inner)
 
     def to(self, device: torch.device | str, dtype: torch.dtype, *, components: int | None = None) -> Spectrum:
         """The same spectrum with its vectors elsewhere, in another precision, or only the first ``components`` of them.

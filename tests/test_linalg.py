@@ -11,6 +11,7 @@ from lowrank_lit.errors import NonFiniteError
 from lowrank_lit.linalg import (
     add_gram,
     balance,
+    balance_projection,
     damp,
     dual_roots,
     equalise,
@@ -133,6 +134,22 @@ def test_equalise_keeps_every_component() -> None:
         torch.testing.assert_close(
             one[:, i : i + 1] @ other[i : i + 1], outer[:, i : i + 1] @ inner[i : i + 1], rtol=1e-12, atol=1e-300
         )
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e2, 1e6])
+def test_a_projection_is_balanced_as_any_factors_are(spread: float) -> None:
+    """Also where the small values are beyond a Gram matrix; and a basis that is not quite one keeps the product."""
+    basis = torch.linalg.qr(torch.randn(40, 8, dtype=torch.float64))[0]
+    inner = torch.logspace(0, -math.log10(spread), 8, dtype=torch.float64)[:, None] * torch.randn(8, 30).double()
+    left, right = balance_projection(basis, inner)
+    torch.testing.assert_close(left @ right, basis @ inner, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left.mT @ left, right @ right.mT, rtol=0, atol=1e-11)
+    values = torch.linalg.svdvals(inner)
+    torch.testing.assert_close(torch.linalg.svdvals(right).square(), values, rtol=1e-9, atol=1e-13)
+    rough = basis.float().double()
+    left, right = balance_projection(rough, inner)
+    torch.testing.assert_close(left @ right, rough @ inner, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left.mT @ left, right @ right.mT, rtol=0, atol=1e-5)
 
 
 def test_balance_survives_extreme_scales() -> None:
