@@ -273,7 +273,8 @@ def balance_projection(basis: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
 
 def _spans_few_digits(energy: Tensor) -> bool:
     """Whether squared singular values ``(p,)``, largest first, are close enough for vectors from a Gram matrix."""
-    return float(energy[-1]) > 100 * torch.finfo(energy.dtype).eps ** 0.5 * float(energy[0])
+    least: float = 100 * torch.finfo(energy.dtype).eps ** 0.5
+    return float(energy[-1]) > least * float(energy[0])
 
 
 def factored_svd(outer: Tensor, inner: Tensor) -> tuple[Tensor, Tensor, Tensor]:
