@@ -22,7 +22,7 @@ from lowrank_lit.intruders import FactorComparison, check_intruder_settings, com
 from lowrank_lit.overview import kinds_of
 from lowrank_lit.pictures import HeatPanel, agreement_figure, heat_figure, save_figure
 from lowrank_lit.plan import RankPlan
-from lowrank_lit.report import plain_json, replacing, versions
+from lowrank_lit.report import plain_json, versions, write_text
 from lowrank_lit.unmerging import is_record, merge_again
 
 DIAGNOSTICS_VERSION = 1
@@ -325,8 +325,7 @@ def _write(folder: Path, record: Mapping[str, Any], text: str, found: Diagnosis)
     content = json.dumps(plain_json(record, "diagnostics"), indent=1, allow_nan=False) + "\n"
     names = {"diagnostics.json": content, "diagnostics.md": text}
     for name, written in names.items():
-        with replacing(folder / name) as partial:
-            partial.write_text(written, encoding="utf-8")
+        write_text(folder / name, written)
     cut = [entry for entry in found.matrices if entry.measured is not None]
     panels = [_panel("measured", cut, lambda entry: entry.measured.rise)]
     if all(entry.predicted is not None for entry in cut):

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from lowrank_lit._session import RecipeCLI
+from lowrank_lit._settings import several
 from lowrank_lit._tables import gibibytes, markdown, table
 from lowrank_lit.choices import Question, multiple_choice, read_questions
 from lowrank_lit.data import tokenize_blocks
 from lowrank_lit.errors import DataError, ModelError, RecipeError
 from lowrank_lit.harness import check_tasks, harness_scores
-from lowrank_lit.report import data_hash, plain_json, replacing, versions
+from lowrank_lit.report import data_hash, plain_json, versions, write_text
 from lowrank_lit.sources import read_documents
 from lowrank_lit.timing import NEW_TOKENS, PROMPT_LENGTH, WARMUP, Throughput, context_of, throughput
 from lowrank_lit.windows import Protocol, Windows, cut_windows
@@ -83,7 +84,10 @@ def wanted(
     Raises:
         LowRankError: Naming the option that cannot be met.
     """
-    texts, files, tasks = (_several(name, lists.get(name)) for name in ("text", "multiple_choice", "tasks"))
+    texts, files, tasks = (
+        () if (given := lists.get(name)) is None else tuple(several(name, given))
+        for name in ("text", "multiple_choice", "tasks")
+    )
     Protocol(protocol, stride=stride, bos=bos, length=max(2, (stride or 0) + 1))  # the recipe's length comes later
     if limit is not None and not (files or tasks):
         raise RecipeError(f"option '--limit': {limit} limits nothing; it belongs to --multiple_choice and --tasks")
@@ -96,15 +100,6 @@ def wanted(
         check_tasks(tasks)
     sizes = _batch_sizes(throughput)
     return Wanted(protocol, stride, bos, not no_divergence, texts, files, delimiter, sizes, tasks, limit)
-
-
-def _several(option: str, given: Sequence[str] | None) -> tuple[str, ...]:
-    if given is None:
-        return ()
-    values = [part.strip() for text in given for part in text.split(",") if part.strip()]
-    if not values:
-        raise RecipeError(f"option '--{option}' is empty; give one value or several separated by commas")
-    return tuple(dict.fromkeys(values))
 
 
 def _batch_sizes(text: str | None) -> tuple[int, ...]:
@@ -390,8 +385,7 @@ def _write(folder: Path, record: _Record, text: str) -> None:
     content = json.dumps(plain_json(record, "evaluation"), indent=2, allow_nan=False) + "\n"
     contents = {"evaluation.json": content, "evaluation.md": text}
     for name, written in contents.items():
-        with replacing(folder / name) as partial:
-            partial.write_text(written, encoding="utf-8")
+        write_text(folder / name, written)
     print(f"Written to {folder}: {', '.join(contents)}")
 
 

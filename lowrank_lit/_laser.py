@@ -11,12 +11,13 @@ from typing import Any
 
 from lowrank_lit._dry_run import compression_callback
 from lowrank_lit._session import RecipeCLI
+from lowrank_lit._settings import several
 from lowrank_lit._tables import markdown, table
 from lowrank_lit.cuts import CLEAR, KEEP_SHARES, Laser, LaserCell, laser
 from lowrank_lit.errors import RecipeError
 from lowrank_lit.metrics import moments_of
 from lowrank_lit.pictures import HeatPanel, heat_figure, save_figure
-from lowrank_lit.report import plain_json, replacing
+from lowrank_lit.report import plain_json, write_text
 
 LASER_VERSION = 1
 """Version of the keys of laser.json."""
@@ -46,12 +47,12 @@ def laser_options(axes: Mapping[str, Sequence[str] | None], keep_share: Sequence
     for name in _OF_GRIDS:
         if axes.get(name) is not None:
             raise RecipeError(f"option '--{name}' belongs to the grid of compressions; leave it out with --laser")
-    metrics = _parts(axes.get("metric") or ["identity"])
+    metrics = several("metric", axes.get("metric") or ["identity"])
     if len(metrics) != 1:
         raise RecipeError(f"option '--metric': --laser takes one metric, not {len(metrics)}; name one, such as input")
     moments_of(metrics[0])
     shares = []
-    for text in _parts(keep_share or [",".join(map(str, KEEP_SHARES))]):
+    for text in several("keep-share", keep_share or [",".join(map(str, KEEP_SHARES))]):
         try:
             share = float(text)
         except ValueError:
@@ -59,13 +60,7 @@ def laser_options(axes: Mapping[str, Sequence[str] | None], keep_share: Sequence
         if not 0 < share < 1:
             raise RecipeError(f"option '--keep-share': '{text}' is no share in (0, 1); give some, such as 0.5,0.1")
         shares.append(share)
-    if not shares:
-        raise RecipeError("option '--keep-share' is empty; give shares of the full rank, such as 0.5,0.1")
     return LaserOptions(metrics[0], tuple(sorted(set(shares), reverse=True)))
-
-
-def _parts(given: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(part.strip() for text in given for part in text.split(",") if part.strip()))
 
 
 def laser_recipe(cli: RecipeCLI, recipe: Path, options: LaserOptions, *, split: str, folder: Path) -> int:
@@ -101,8 +96,7 @@ def laser_recipe(cli: RecipeCLI, recipe: Path, options: LaserOptions, *, split: 
         "laser.md": "\n\n".join([markdown(rows), *notes]) + "\n",
     }
     for name, content in written.items():
-        with replacing(folder / name) as partial:
-            partial.write_text(content, encoding="utf-8")
+        write_text(folder / name, content)
     save_figure(heat_figure(panels_of(found), "rise of the loss, nats per token", signed=True), folder / "laser.png")
     print(f"Written to {folder}: {', '.join(written)}, laser.png")
     return 0

@@ -19,7 +19,7 @@ from lowrank_lit.errors import GradientError
 from lowrank_lit.evidence import specs_of
 from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.plan import RankPlan
-from lowrank_lit.report import plot_prediction, replacing
+from lowrank_lit.report import plot_prediction, write_text
 from lowrank_lit.settings import Settings
 from lowrank_lit.study import Study
 
@@ -135,8 +135,7 @@ def show_prediction(planned: PredictedPlan, folder: Path) -> list[Path]:
         },
     }
     written = [folder / "prediction.json", folder / "prediction.png"]
-    with replacing(written[0]) as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(written[0], json.dumps(content, indent=2) + "\n")
     plot_prediction(planned.points, written[1], keep_ratio=own, nats=planned.plan.predicted_nats, basis=planned.basis)
     return written
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -353,3 +353,15 @@ def _hints(cls: type) -> dict[str, Any]:
         return typing.get_type_hints(cls.__init__)  # type: ignore[misc]
     except (NameError, TypeError):  # a name that exists for type checkers alone: the value is then read as YAML
         return {}
+
+
+def several(option: str, given: Sequence[str]) -> list[str]:
+    """Values of an option that may be repeated, and holds several separated by commas; each once, in order.
+
+    Raises:
+        RecipeError: If there is none.
+    """
+    values = [part.strip() for text in given for part in text.split(",") if part.strip()]
+    if not values:
+        raise RecipeError(f"option '--{option}' is empty; give one value or several separated by commas")
+    return list(dict.fromkeys(values))

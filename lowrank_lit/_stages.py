@@ -113,11 +113,11 @@ def export(
 
     formats.check_format(format)
     settings = read_settings(recipe, overrides)
-    folder = Path(path) if path else _export_folder(settings)
+    exported = _export_folder(settings)
+    folder = Path(path) if path else exported
     if not path and format != formats.OWN:
         folder = folder.with_name(f"{folder.name}-{format}")
     cli = build(recipe, settings, flags)
-    exported = _export_folder(settings)
     try:
         checkpoint = Path(ckpt_path) if ckpt_path else newest_checkpoint(cli.trainer)
     except RecipeError:

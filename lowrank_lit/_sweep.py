@@ -16,10 +16,10 @@ from torch import Tensor
 
 from lowrank_lit._dry_run import compression_callback
 from lowrank_lit._session import RecipeCLI
-from lowrank_lit._settings import callback_entry
+from lowrank_lit._settings import callback_entry, several
 from lowrank_lit._tables import table
 from lowrank_lit.errors import RecipeError
-from lowrank_lit.report import replacing
+from lowrank_lit.report import replacing, write_text
 from lowrank_lit.sweep import COMMON, CellStore, Grid, Row, Sweep
 
 if TYPE_CHECKING:
@@ -71,12 +71,7 @@ def grid_of(
 
 
 def _values(option: str, given: Axis, default: Sequence[str]) -> list[str]:
-    if given is None:
-        return list(default)
-    values = [part.strip() for text in given for part in text.split(",") if part.strip()]
-    if not values:
-        raise RecipeError(f"option '--{option}' is empty; give one value or several separated by commas")
-    return list(dict.fromkeys(values))
+    return list(default) if given is None else several(option, given)
 
 
 def _number(text: str) -> float:
@@ -297,8 +292,7 @@ def write_tables(folder: Path, rows: Sequence[Row], note: str) -> list[Path]:
     below = [*_footnotes(rows), *note.split("\n"), *failed]
     contents = {"sweep.csv": text.getvalue(), "sweep.md": "\n\n".join([content, *below]) + "\n"}
     for name, written in contents.items():
-        with replacing(folder / name) as partial:
-            partial.write_text(written, encoding="utf-8")
+        write_text(folder / name, written)
     return [folder / name for name in contents]
 
 

@@ -252,7 +252,7 @@ class Collection:
             if rank < spec.break_even:
                 own = dense_weight(self.layers[spec.name])
                 # All matrices at once, as many bytes as the model has: computed in float64, kept in its dtype.
-                cut = _truncated(spectra[spec.name], own.to(self.device), rank).to(own)
+                cut = spectra[spec.name].truncated(own.to(self.device), rank).to(own)
                 found[spec.name] = self._put_weight(spec.name, cut)
                 self._release(own, *spectra[spec.name].tensors().values())
         return found
@@ -268,7 +268,7 @@ class Collection:
             statistics = {name: LayerStatistics(tokens=0) for name in self.layers}
 
         def fit(name: str, target: Tensor, own: LayerStatistics) -> tuple[Tensor, Tensor]:
-            return _spectrum(settings, name, target, own, rank_of[name]).factors(target, rank_of[name], nested=True)
+            return spectrum_of(settings, name, target, own, rank_of[name]).factors(target, rank_of[name], nested=True)
 
         weights = self.weights(specs, evidence.spectra, ranks)
         # Blocks are fitted one after the other: where processes cooperate, each does it all, from the same numbers.
@@ -327,7 +327,7 @@ class Collection:
             started = time.perf_counter()
 
             def cut(name: str, rank: int) -> Tensor:
-                return _truncated(evidence.spectra[name], dense_weight(self.layers[name]), rank)
+                return evidence.spectra[name].truncated(dense_weight(self.layers[name]), rank)
 
             measure = loss_tables if kind == "table" else divergences
             # Each process cuts its share of the matrices, and reads all the sequences.
@@ -431,7 +431,7 @@ class Collection:
             gradient = None if statistics is None else statistics.weight_gradient
             # A first-order change is known of every component, also of those that no rank may keep.
             wanted = components if gradient is None else None
-            spectrum = _spectrum(settings, name, weight, statistics, wanted)
+            spectrum = spectrum_of(settings, name, weight, statistics, wanted)
             changes = {} if gradient is None else {"changes": component_changes(spectrum, weight, gradient).cpu()}
         # The vectors of all matrices wait for the allocation together: in the weight's precision, float32 at least,
         # and those that a rank below the break-even may keep.
@@ -529,9 +529,10 @@ def _identity(settings: Settings) -> tuple[Any, ...]:
     )
 
 
-def _spectrum(
+def spectrum_of(
     settings: Settings, name: str, weight: Tensor, statistics: LayerStatistics | None, components: int | None = None
 ) -> Spectrum:
+    """:func:`lowrank_lit.spectrum.compute_spectrum` as the settings have it."""
     return compute_spectrum(
         weight,
         statistics,
@@ -542,9 +543,3 @@ def _spectrum(
         alpha=settings.alpha,
         components=components,
     )
-
-
-def _truncated(spectrum: Spectrum, weight: Tensor, rank: int) -> Tensor:
-    """``W_k``, on the weight's device, float64."""
-    outer, inner = spectrum.factors(weight, rank, nested=True)  # the cheap gauge: the product is the same
-    return outer @ inner

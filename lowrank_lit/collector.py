@@ -190,7 +190,7 @@ class Collector:
         owners = {name: owner for name, owner in self._sharing.owners.items() if name in layers}
         columns = {name: sums.columns for name, sums in self._sums.items()}
         shapes = {name: sums.shape for name, sums in gradients.items()}
-        pools = {name: (len(pool.sum), str(pool.sum.device)) for name, pool in self._pools.items()}
+        pools = {name: (pool.size, str(pool.device)) for name, pool in self._pools.items()}
         found = distributed.gather("the sums of calibration", (owners, columns, shapes, pools))
         seen = [part[:3] for part in found]
         for owners, _, _ in seen:

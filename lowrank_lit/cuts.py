@@ -19,12 +19,12 @@ from tqdm.auto import tqdm
 from lowrank_lit.collection import Collection, require_finite_weights
 from lowrank_lit.collector import Calibration
 from lowrank_lit.errors import DataError, LowRankError
-from lowrank_lit.evaluation import token_losses
+from lowrank_lit.evaluation import exp_of, token_losses
 from lowrank_lit.experts import ExpertsApart
 from lowrank_lit.metrics import moments_of
 from lowrank_lit.overview import kinds_of
 from lowrank_lit.refit import substituted
-from lowrank_lit.spectrum import Spectrum, compute_spectrum
+from lowrank_lit.spectrum import compute_spectrum
 from lowrank_lit.statistics import LayerStatistics
 from lowrank_lit.streaming import evaluating, moved
 from lowrank_lit.surgery import dense_weight, find_targets
@@ -149,7 +149,7 @@ class Laser:
     @property
     def dense_perplexity(self) -> float:
         """Perplexity of the dense model on the same text."""
-        return _exp(self.dense_loss)
+        return exp_of(self.dense_loss)
 
     @property
     def best(self) -> LaserCell:
@@ -220,15 +220,9 @@ def _cells(
         spectrum = compute_spectrum(dense_weight(layer), statistics.get(name), metric=metric, name=name)
         full = len(spectrum.singular_values)
         for share, rank in _ranks(full, shares):
-            cut = truncated(spectrum, dense_weight(layer), rank)
+            cut = spectrum.truncated(dense_weight(layer), rank)
             change = meter.change(meter.with_weights(layers, {name: cut}))
-            yield LaserCell(name, *kinds[name], share, rank, full, _exp(change.loss), change)
-
-
-def truncated(spectrum: Spectrum, weight: Tensor, rank: int) -> Tensor:
-    """``W_k`` ``(rows, columns)`` of a weight, float64 on its device."""
-    outer, inner = spectrum.factors(weight, rank, nested=True)
-    return outer @ inner
+            yield LaserCell(name, *kinds[name], share, rank, full, exp_of(change.loss), change)
 
 
 def _check(keep_shares: Sequence[float], metric: str, batches: Sequence[Any] | None) -> None:
@@ -246,7 +240,3 @@ def _ranks(full: int, shares: Sequence[float]) -> Iterator[tuple[float, int]]:
         rank = max(1, math.floor(share * full + 1e-9))
         if rank < full:
             yield share, rank
-
-
-def _exp(loss: float) -> float:
-    return math.inf if loss > 700 else math.exp(loss)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lowrank_lit.collection import Evidence
+from lowrank_lit.collection import Evidence, spectrum_of
 from lowrank_lit.compress import settings_of
-from lowrank_lit.cuts import Change, LossMeter, truncated
+from lowrank_lit.cuts import Change, LossMeter
 from lowrank_lit.errors import DataError, LowRankError
 from lowrank_lit.evidence import predicts_nats, profiles_of, specs_of
 from lowrank_lit.experts import ExpertsApart
@@ -27,7 +27,7 @@ from lowrank_lit.head_tail import HeadTail, PartLoss, part_losses, part_outputs
 from lowrank_lit.overview import kinds_of
 from lowrank_lit.plan import MatrixPlan, RankPlan
 from lowrank_lit.settings import Settings
-from lowrank_lit.spectrum import Spectrum, compute_spectrum, effective_rank, rank_for_energy, stable_rank
+from lowrank_lit.spectrum import compute_spectrum, effective_rank, rank_for_energy, stable_rank
 from lowrank_lit.streaming import POSITIONAL, evaluating, moved
 from lowrank_lit.study import Study
 from lowrank_lit.surgery import dense_weight
@@ -323,20 +323,8 @@ def _cut(study: Study, settings: Settings, evidence: Evidence, name: str, rank: 
     """The truncated weight in the layer's dtype; more components than a plan keeps are computed again."""
     weight, spectrum = dense_weight(study.layers[name]), evidence.spectra[name]
     if rank > spectrum.left.shape[1]:
-        spectrum = _whole(settings, weight, evidence, name)
-    return truncated(spectrum, weight, rank).to(weight)
-
-
-def _whole(settings: Settings, weight: Tensor, evidence: Evidence, name: str) -> Spectrum:
-    return compute_spectrum(
-        weight,
-        evidence.calibration.statistics.get(name),
-        metric=str(settings.metric),
-        name=name,
-        damping=settings.damping,
-        shrinkage=settings.shrinkage,
-        alpha=settings.alpha,
-    )
+        spectrum = spectrum_of(settings, name, weight, evidence.calibration.statistics.get(name))
+    return spectrum.truncated(weight, rank).to(weight)
 
 
 def _heads(

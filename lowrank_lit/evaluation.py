@@ -51,8 +51,13 @@ def perplexity(
     for losses in token_losses(model, blocks, batch_size=batch_size, device=device, first=first):
         total += float(losses.sum())
         count += len(losses)
+    return exp_of(total / count)
+
+
+def exp_of(loss: float) -> float:
+    """The perplexity of a mean loss in nats; infinite where it is more than a float holds."""
     try:
-        return math.exp(total / count)
+        return math.exp(loss)
     except OverflowError:
         return math.inf
 

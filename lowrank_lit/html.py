@@ -27,7 +27,7 @@ from lowrank_lit._markup import (
 )
 from lowrank_lit._tables import gibibytes
 from lowrank_lit.pictures import curves_of, cut_of, depth_of, heights_of, panels_of
-from lowrank_lit.report import COMPRESSION_STAGES, read_record, replacing, summary_rows
+from lowrank_lit.report import COMPRESSION_STAGES, read_record, summary_rows, write_text
 from lowrank_lit.svg import Line, line_chart
 
 PAGE, RECORD = "report.html", "record.json"
@@ -72,8 +72,7 @@ def write_page(path: str | os.PathLike[str], record: Mapping[str, Any]) -> None:
         ExportError: If the file cannot be written.
     """
     page = render(record)
-    with replacing(Path(path)) as partial:
-        partial.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def page_of_folder(folder: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_lit.experts import HOOKS
+from lowrank_lit.surgery import Target, names_by_module, replace_module
 
 
 class PointwiseLinear(nn.Module):
@@ -39,9 +39,6 @@ class PointwiseLinear(nn.Module):
         if source.bias is not None:
             linear.bias = cast(nn.Parameter, source.bias)
         self.linear = linear
-        self.train(convolution.training)
-        for attribute in HOOKS:  # a user's, and their handles
-            setattr(self, attribute, getattr(convolution, attribute))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` (batch, in_channels, positions in 1 to 3 dimensions), or one without the batch."""
@@ -83,14 +80,11 @@ def pointwise_as_linear(model: nn.Module) -> list[str]:
     Returns:
         Dotted names of the convolutions, in the order of the model's modules; one that several parents share is one.
     """
-    made: dict[int, PointwiseLinear] = {}
-    names: list[str] = []
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if not name or not is_pointwise(module):
-            continue
-        if id(module) not in made:
-            made[id(module)] = PointwiseLinear(module)
-            names.append(name)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made[id(module)])
-    return names
+    found = [
+        Target(names[0], module, names[1:])
+        for module, names in names_by_module(model).values()
+        if names[0] and is_pointwise(module)
+    ]
+    for target in found:
+        replace_module(model, target, PointwiseLinear(target.module))
+    return [target.name for target in found]

@@ -118,8 +118,7 @@ def write_record(path: str | os.PathLike[str], record: Mapping[str, Any]) -> Non
     if missing:
         raise LowRankError(f"the record lacks '{missing[0]}'; make it with lowrank_lit.report.assemble")
     text = _json(plain_json(record, "record")) + "\n"
-    with replacing(Path(path)) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)
 
 
 def read_record(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -216,6 +215,16 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ExportError(f"'{path}' cannot be written ({reason}); free space or choose another folder") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """A text file that is complete or is not there, or is the one that was there before.
+
+    Raises:
+        ExportError: If it cannot be written.
+    """
+    with replacing(Path(path)) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def summary_table(record: Mapping[str, Any]) -> Table:

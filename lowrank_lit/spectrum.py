@@ -100,6 +100,11 @@ class Spectrum:
             return equalise(outer, inner)
         return balance_projection(outer, inner) if stored is None else balance(outer, inner)
 
+    def truncated(self, weight: Tensor, rank: int) -> Tensor:
+        """``W_k`` ``(rows, columns)``, float64 on the weight's device; arguments and errors as :meth:`factors`."""
+        outer, inner = self.factors(weight, rank, nested=True)  # the cheap gauge: the product is the same
+        return outer @ inner
+
     def to(self, device: torch.device | str, dtype: torch.dtype, *, components: int | None = None) -> Spectrum:
         """The same spectrum with its vectors elsewhere, in another precision, or only the first ``components`` of them.
 

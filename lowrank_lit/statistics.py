@@ -92,6 +92,16 @@ class MomentSum:
         self.tokens = 0
 
     @property
+    def size(self) -> int:
+        """``d``."""
+        return len(self._lower)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the sum is."""
+        return self._lower.device
+
+    @property
     def sum(self) -> Tensor:
         """The sum, float64 ``(d, d)``, exactly symmetric."""
         return mirrored(self._lower)

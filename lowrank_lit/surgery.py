@@ -66,7 +66,7 @@ def find_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> dic
     """
     if isinstance(patterns, str):
         patterns = [patterns]
-    names = _names_by_module(model)
+    names = names_by_module(model)
     linear = [Target(own[0], module, own[1:]) for module, own in names.values() if _is_linear(module)]
     routers = routers_of(model)
     linear = [
@@ -174,7 +174,7 @@ def apply_plan(model: nn.Module, plan: RankPlan) -> None:
     every = [matrix.name for matrix in plan.matrices]
     with ExpertsApart(model, every) as apart:
         plan.check(model)
-        names = _names_by_module(model)
+        names = names_by_module(model)
         replaced: list[tuple[Target, nn.Module]] = []
         for matrix in plan.matrices:
             module = model.get_submodule(matrix.name)
@@ -225,7 +225,7 @@ def to_dense(model: nn.Module, names: Sequence[str] | None = None) -> None:
     """
     found = {
         name: Target(own[0], module, own[1:])
-        for module, own in _names_by_module(model).values()
+        for module, own in names_by_module(model).values()
         if isinstance(module, FactoredLayer)
         for name in own
     }
@@ -329,7 +329,7 @@ def _is_linear(module: nn.Module) -> bool:
     )
 
 
-def _names_by_module(model: nn.Module) -> dict[int, tuple[nn.Module, tuple[str, ...]]]:
+def names_by_module(model: nn.Module) -> dict[int, tuple[nn.Module, tuple[str, ...]]]:
     """Every module by its id, with all its dotted names in order."""
     found: dict[int, tuple[nn.Module, tuple[str, ...]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):

@@ -27,7 +27,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ("products", "sharing"),
     ("distributed",),
     ("_checkpoints", "_tables", "curves"),
-    ("statistics", "experts", "pooling", "pointwise"),
+    ("statistics", "experts", "pooling"),
     (
         "streaming",
         "dataflow",
@@ -42,7 +42,7 @@ GROUPS: tuple[tuple[str, ...], ...] = (
     ),
     ("allocation", "plan", "settings"),
     ("reallocation",),
-    ("stacking", "layers", "surgery", "unmerging", "_triton", "kernels", "acceleration"),
+    ("stacking", "layers", "surgery", "pointwise", "unmerging", "_triton", "kernels", "acceleration"),
     ("adapter_config", "adapter_starts", "masks", "merging", "product_lora", "quantize", "recovery", "refinement"),
     ("evidence", "overview", "refit", "selection", "probes", "intruders"),
     ("collection", "study"),
